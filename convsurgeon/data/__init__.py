@@ -1,0 +1,7 @@
+"""Data sets by name, folders of pictures, and their division into splits."""
+
+from convsurgeon.data._catalog import default_preprocessing, load_data, names
+from convsurgeon.data._images import ImageSet, make_loader
+from convsurgeon.data._splits import DataSplits
+
+__all__ = ["DataSplits", "ImageSet", "default_preprocessing", "load_data", "make_loader", "names"]

@@ -1,0 +1,8 @@
+"""Train a student beside its teacher: who teaches whom (`methods`), in which loss (`objectives`), one loop."""
+
+from convsurgeon.distillation._augmentation import Augmentation
+from convsurgeon.distillation._config import Training
+from convsurgeon.distillation._loop import DistillResult, distill
+from convsurgeon.distillation._run_folder import RunFolder
+
+__all__ = ["Augmentation", "DistillResult", "RunFolder", "Training", "distill"]

@@ -1,0 +1,495 @@
+"""The training loop: one for all methods, resumable at any step.
+
+Nothing random is carried from step to step: the order of an epoch and the random numbers of a step are
+functions of the seed, the epoch and the step. So a run that goes on from a checkpoint does what the
+uninterrupted run would have done, on one process with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset
+
+from convsurgeon.data import ImageSet, make_loader
+from convsurgeon.distillation import methods, objectives
+from convsurgeon.distillation._augmentation import Augmentation
+from convsurgeon.distillation._config import Training
+from convsurgeon.distillation._interrupt import catch_interrupt
+from convsurgeon.distillation._run_folder import RunFolder
+from convsurgeon.errors import DataError, DistillationError, one_line
+from convsurgeon.evaluation import check_head, evaluate, logits_of
+from convsurgeon.progress import Progress, Report, be_silent
+
+_REPORT_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """What a run gives back.
+
+    Args:
+        student: the best student on validation data (the last one, where there were none), in eval mode.
+        teacher: the caller's teacher as it ended, or None if the method needs none.
+        metrics: what was measured: `teacher_before`, `teacher_after`, `student` (validation accuracies,
+            0..1, None without validation data), `chosen` (which student, of which epoch), `history`
+            (one dict an epoch), `seconds`, `precision`.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None
+    metrics: Mapping[str, Any]
+
+
+@dataclass
+class _State:
+    """What a run has come to. `step` counts finished steps, from the start of the run."""
+
+    step: int = 0
+    best: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def distill(
+    teacher: nn.Module | None,
+    student: nn.Module,
+    train: Any,
+    val: Any = None,
+    *,
+    method: str = "joint",
+    objective: str = "kd",
+    method_options: Mapping[str, Any] | None = None,
+    objective_options: Mapping[str, Any] | None = None,
+    epochs: int = 5,
+    batch_size: int = 128,
+    learning_rate: float = 0.1,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    warmup: float = 0.1,
+    seed: int = 0,
+    device: str | None = None,
+    precision: str = "auto",
+    limit_batches: int | None = None,
+    augmentation: Augmentation | None = None,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = 60.0,
+    tensorboard: bool = False,
+    report: Report = be_silent,
+) -> DistillResult:
+    """Train a student beside its teacher; neither argument is modified.
+
+    SGD with Nesterov momentum, a linear warm-up and a cosine to zero, on Hugging Face Accelerate. The
+    student of the epoch with the best validation accuracy is returned. The remaining arguments are the
+    fields of `Training`.
+
+    Args:
+        teacher: the dense network; None for a method that needs none.
+        student: what `rewrite` made of it.
+        train: a DataLoader, an `ImageSet`, or another dataset of `(image, label)`.
+        val: the same, to choose the best student by; without it the last one is kept.
+        method: who teaches whom: `joint`, `frozen`, `ensemble`, `supervised`.
+        objective: in which loss.
+        augmentation: what is done to each training batch; None leaves it as the loader gives it.
+        run_dir: a folder for settings, metrics and checkpoints; without one nothing is written.
+        resume: go on with the run in `run_dir`.
+        checkpoint_seconds: how often to write a checkpoint, besides the end of every epoch.
+        report: receives a `Progress` about four times a second.
+
+    Raises:
+        DistillationError: if the run cannot start, or diverges.
+        DataError: if the data do not fit the networks.
+        UnknownNameError: for a method or objective that does not exist.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written at the end of the step.
+    """
+    config = Training(
+        method=method,
+        objective=objective,
+        method_options=method_options or {},
+        objective_options=objective_options or {},
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        seed=seed,
+        device=device,
+        precision=precision,
+        limit_batches=limit_batches,
+        augmentation=augmentation,
+    )
+    if resume and run_dir is None:
+        raise DistillationError("resume=True needs the run_dir of the run to go on with")
+    loader = _as_loader(train, config)
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices=list(cuda)), catch_interrupt() as interrupted:
+        folder = None
+        run = _Run(teacher, student, loader, val, config=config, interrupted=interrupted, report=report)
+        if run_dir is not None:
+            folder = RunFolder(run_dir, config.to_dict(), resume=resume, tensorboard=tensorboard)
+        try:
+            return run.go(folder, resume=resume, checkpoint_seconds=checkpoint_seconds)
+        finally:
+            if folder is not None:
+                folder.close()
+
+
+class _Run:
+    """One run: networks, optimiser and data on their device, and the loop over them."""
+
+    def __init__(
+        self,
+        teacher: nn.Module | None,
+        student: nn.Module,
+        loader: DataLoader[Any],
+        val: Any,
+        *,
+        config: Training,
+        interrupted: Any,
+        report: Report,
+    ) -> None:
+        self.given_teacher, self.given_student = teacher, student
+        self.val, self.config, self.interrupted, self.report = val, config, interrupted, report
+        self.accelerator, self.precision = _accelerator(config)
+        self.device = self.accelerator.device
+        self.best_state: dict[str, Tensor] | None = None
+        sample, classes = _first_batch(loader, student, config)
+        method_class = methods.get(config.method)
+        if teacher is None and method_class.needs_teacher:
+            raise DistillationError(f"method {config.method!r} needs a teacher, got None")
+        self.teacher_before = None if teacher is None else self._accuracy(teacher)
+        setting = methods.Setting(
+            objective=objectives.get(config.objective)(config.objective_options),
+            sample=sample,
+            classes=classes,
+            teacher_is_trained=self._is_trained(classes),
+            seed=config.seed,
+        )
+        method = method_class(
+            copy.deepcopy(teacher).cpu() if teacher is not None and method_class.needs_teacher else None,
+            copy.deepcopy(student).cpu(),
+            setting=setting,
+            options=config.method_options,
+        )
+        method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.method = method
+        optimizer = torch.optim.SGD(
+            method.parameter_groups(learning_rate=config.learning_rate, weight_decay=config.weight_decay),
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+        )
+        # gives the method a forward under autocast, and every process its part of each batch
+        self.module, self.optimizer, self.loader = self.accelerator.prepare(method, optimizer, loader)
+        self.steps_per_epoch = min(len(self.loader), config.limit_batches or len(self.loader))
+        self.steps = self.steps_per_epoch * config.epochs
+        self.schedule = LambdaLR(optimizer, lambda step: config.rate_at(step, self.steps))
+        self.state = _State()
+
+    def go(self, folder: RunFolder | None, *, resume: bool, checkpoint_seconds: float) -> DistillResult:
+        """Run all epochs, from the start or from where the folder's checkpoint stands."""
+        if resume and folder is not None:
+            self._restore(folder)
+        state, started = self.state, time.monotonic() - self.state.seconds
+        saved = time.monotonic()
+        if state.step == 0:
+            self._note(folder, {"event": "start", "teacher_accuracy": self.teacher_before})
+        for epoch in range(state.step // self.steps_per_epoch, self.config.epochs):
+            self.module.train()
+            watch = _Watch(self.report, self.steps, epoch=epoch + 1, epochs=self.config.epochs, done=state.step)
+            for images, labels in self._batches(epoch, skip=state.step - epoch * self.steps_per_epoch):
+                lesson = self._step(images, labels)
+                state.step += 1
+                watch.look(state.step, lesson, labels)
+                state.seconds = time.monotonic() - started
+                last = state.step % self.steps_per_epoch == 0
+                if self.interrupted():
+                    self._stop(folder)
+                if not last and time.monotonic() - saved >= checkpoint_seconds:
+                    self._save(folder)
+                    saved = time.monotonic()
+            watch.check_finite(state.step)
+            self._close_epoch(epoch, folder, watch)
+            self._save(folder)
+            saved = time.monotonic()
+        return self._result(folder)
+
+    def _batches(self, epoch: int, *, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch in its own order, without the first ones, each under its own random state."""
+        _seed(self.config.seed, epoch, -1)
+        if getattr(self.loader, "generator", None) is not None:
+            self.loader.generator.manual_seed(_mix(self.config.seed, epoch, -1))
+        for owner in (self.loader, getattr(self.loader, "sampler", None), getattr(self.loader, "batch_sampler", None)):
+            if hasattr(owner, "set_epoch"):
+                owner.set_epoch(epoch)
+        batches = iter(self.loader)
+        for index in range(self.steps_per_epoch):
+            _seed(self.config.seed, epoch, index)
+            images, labels = _pair(next(batches))
+            if index >= skip:
+                yield images.to(memory_format=torch.channels_last) if images.dim() == 4 else images, labels
+
+    def _step(self, images: Tensor, labels: Tensor) -> methods.Lesson:
+        if self.config.augmentation is not None:
+            images = self.config.augmentation(images)
+        lesson: methods.Lesson = self.module(images, labels)
+        self.accelerator.backward(lesson.loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        return lesson
+
+    def _close_epoch(self, epoch: int, folder: RunFolder | None, watch: _Watch) -> None:
+        scores = {name: self._accuracy(peer) for name, peer in self.method.students().items()}
+        name, score = max(scores.items(), key=lambda item: -1.0 if item[1] is None else item[1])
+        best = self.state.best
+        if score is None or best is None or best["accuracy"] is None or score > best["accuracy"]:
+            self.state.best = {"name": name, "epoch": epoch + 1, "accuracy": score}
+            state = self.method.students()[name].state_dict()
+            self.best_state = {key: value.detach().cpu().clone() for key, value in state.items()}
+            if folder is not None and self.accelerator.is_main_process:
+                folder.save_best(self.best_state)
+        learns = self.method.teacher_learns and self.method.teacher is not None
+        teacher = self._accuracy(self.method.teacher) if learns else self.teacher_before
+        event = {
+            "event": "epoch",
+            "epoch": epoch + 1,
+            "loss": watch.mean_loss,
+            "student_accuracy": score,
+            "teacher_accuracy": teacher,
+            "train_student_accuracy": watch.student_accuracy,
+            "train_teacher_accuracy": watch.teacher_accuracy,
+            "seconds": round(self.state.seconds, 1),
+        }
+        if len(scores) > 1:
+            event["students"] = scores
+        self.state.history.append(event)
+        self._note(folder, event)
+        self.report(Progress("epoch", epoch + 1, self.config.epochs, _numbers(event)))
+
+    def _accuracy(self, model: nn.Module | None) -> float | None:
+        if self.val is None or model is None:
+            return None
+        try:
+            found = evaluate(model, self.val, device=self.device, limit_batches=self.config.limit_batches)
+        except DataError as error:
+            raise DataError(f"validation: {error}") from error
+        return found.accuracy
+
+    def _is_trained(self, classes: int) -> bool | None:
+        if self.teacher_before is None:
+            return None if self.given_teacher is None else _beats_chance_unseen(self.given_teacher)
+        chance = 1 / classes
+        return self.teacher_before > chance + 0.1 * (1 - chance)
+
+    def _save(self, folder: RunFolder | None) -> None:
+        if folder is None or not self.accelerator.is_main_process:
+            return
+        folder.save_last(
+            {
+                "step": self.state.step,
+                "best": self.state.best,
+                "history": self.state.history,
+                "seconds": self.state.seconds,
+                "teacher_before": self.teacher_before,
+                "method": self.method.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": {"last_epoch": self.schedule.last_epoch},
+            }
+        )
+
+    def _restore(self, folder: RunFolder) -> None:
+        saved = folder.load_last()
+        if saved is None:
+            return
+        try:
+            self.method.load_state_dict(saved["method"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise DistillationError(
+                f"the checkpoint in {folder.path} does not fit these networks: {one_line(error)}"
+            ) from error
+        self.schedule.last_epoch = saved["schedule"]["last_epoch"]
+        self.teacher_before = saved["teacher_before"]
+        self.state = _State(saved["step"], saved["best"], saved["history"], saved["seconds"])
+        if self.state.best is not None:
+            self.best_state = folder.load_best()
+
+    def _stop(self, folder: RunFolder | None) -> None:
+        self._save(folder)
+        kept = f"go on by --resume {folder.path}" if folder is not None else "nothing was kept: no run folder"
+        raise KeyboardInterrupt(f"stopped after step {self.state.step} of {self.steps}; {kept}")
+
+    def _note(self, folder: RunFolder | None, event: Mapping[str, Any]) -> None:
+        if folder is not None and self.accelerator.is_main_process:
+            folder.note({"step": self.state.step, **event})
+
+    def _result(self, folder: RunFolder | None) -> DistillResult:
+        state = self.state
+        assert state.best is not None
+        assert self.best_state is not None
+        student = copy.deepcopy(self.given_student)
+        student.load_state_dict(self.best_state)
+        teacher = None
+        if self.given_teacher is not None and self.method.needs_teacher:
+            assert self.method.teacher is not None
+            teacher = copy.deepcopy(self.given_teacher)
+            teacher.load_state_dict(self.method.teacher.state_dict())
+            teacher.eval()
+        if self.val is None:
+            self.report(Progress("epoch", message="no validation data: the last student is kept"))
+        metrics = {
+            "teacher_before": self.teacher_before,
+            "teacher_after": state.history[-1]["teacher_accuracy"],
+            "student": state.best["accuracy"],
+            "chosen": f"{state.best['name']}, epoch {state.best['epoch']}",
+            "history": state.history,
+            "seconds": state.seconds,
+            "precision": self.precision,
+        }
+        return DistillResult(student.eval(), teacher, metrics)
+
+
+class _Watch:
+    """Keeps the score of an epoch, and reports it a few times a second."""
+
+    def __init__(self, report: Report, steps: int, *, epoch: int, epochs: int, done: int) -> None:
+        self.report, self.steps, self.epoch, self.epochs = report, steps, epoch, epochs
+        self.first, self.started, self.spoke = done, time.monotonic(), 0.0
+        self.images = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def look(self, step: int, lesson: methods.Lesson, labels: Tensor) -> None:
+        """Take one step into account."""
+        self.images += len(labels)
+        self._add("loss", lesson.loss.detach().float() * len(labels))
+        self._add("student", (lesson.student_BK.detach().argmax(1) == labels).sum())
+        if lesson.teacher_BK is not None:
+            self._add("teacher", (lesson.teacher_BK.detach().argmax(1) == labels).sum())
+        now = time.monotonic()
+        if now - self.spoke < _REPORT_SECONDS:
+            return
+        self.spoke = now
+        self.check_finite(step)
+        pace = (now - self.started) / max(1, step - self.first)
+        figures = {
+            "epoch": self.epoch,
+            "epochs": self.epochs,
+            "loss": self.mean_loss,
+            "student_accuracy": self.student_accuracy,
+            "images_per_second": self.images / max(1e-9, now - self.started),
+            "seconds_left": pace * (self.steps - step),
+        }
+        if self.teacher_accuracy is not None:
+            figures["teacher_accuracy"] = self.teacher_accuracy
+        self.report(Progress("train", step, self.steps, figures))
+
+    @property
+    def mean_loss(self) -> float:
+        """The loss of an image, averaged over the epoch so far."""
+        return float(self.sums["loss"]) / self.images
+
+    @property
+    def student_accuracy(self) -> float:
+        """The student's share of right answers on augmented training images."""
+        return float(self.sums["student"]) / self.images
+
+    @property
+    def teacher_accuracy(self) -> float | None:
+        """The teacher's, where it answered."""
+        return float(self.sums["teacher"]) / self.images if "teacher" in self.sums else None
+
+    def check_finite(self, step: int) -> None:
+        """Raise if the loss is no number any more."""
+        if not torch.isfinite(self.sums["loss"]):
+            raise DistillationError(
+                f"the loss is {float(self.sums['loss'])} at step {step}: training diverged; "
+                "lower --learning-rate, or try --precision no"
+            )
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+
+def _accelerator(config: Training) -> tuple[Any, str]:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    # what an earlier run in this process chose must not decide for this one
+    AcceleratorState._reset_state(True)
+    on_cpu = config.device == "cpu"
+    if config.device not in (None, "cpu", "cuda"):
+        raise DistillationError(f"device must be cpu or cuda, got {config.device!r}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise DistillationError("device cuda was asked for, and torch finds none; use --device cpu")
+    precision = config.autocast(PartialState(cpu=on_cpu).device)
+    return Accelerator(cpu=on_cpu, mixed_precision=precision), precision
+
+
+def _as_loader(train: Any, config: Training) -> DataLoader[Any]:
+    if isinstance(train, ImageSet):
+        whole = len(train) >= config.batch_size
+        return make_loader(train, batch_size=config.batch_size, shuffle=True, drop_last=whole)
+    if isinstance(train, DataLoader):
+        return train
+    if isinstance(train, Dataset):
+        return DataLoader(train, batch_size=config.batch_size, shuffle=True, generator=torch.Generator())
+    raise DataError(f"train must be a DataLoader or a Dataset, got {type(train).__name__}")
+
+
+def _first_batch(loader: DataLoader[Any], student: nn.Module, config: Training) -> tuple[Tensor, int]:
+    """Return one batch of images and how many scores the student gives, having checked that they go together."""
+    try:
+        length = len(loader)
+    except TypeError as error:
+        raise DataError("train must have a length, so that the schedule knows its end") from error
+    if length == 0:
+        raise DataError("train has no batch; give more images or a smaller batch size")
+    _seed(config.seed, 0, -2)
+    images, labels = _pair(next(iter(loader)))
+    probe = copy.deepcopy(student).cpu().eval()
+    try:
+        with torch.no_grad():
+            width = logits_of(probe(images[:2].cpu())).shape[-1]
+    except (RuntimeError, ValueError, AssertionError) as error:
+        shape = "x".join(str(size) for size in images.shape[1:])
+        raise DataError(f"the student cannot take the training images of {shape}: {one_line(error)}") from error
+    if isinstance(loader.dataset, ImageSet):
+        check_head(width, len(loader.dataset.classes), data="the training data")
+    elif int(labels.max()) >= width:
+        raise DataError(f"the student gives {width} scores, the training labels go up to {int(labels.max())}")
+    return images.cpu(), width
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch):
+        return batch[0], batch[1]
+    raise DataError(f"a training batch must be (images, labels), got {type(batch).__name__}")
+
+
+def _beats_chance_unseen(teacher: nn.Module) -> bool:
+    """Guess whether a network is trained where there is no validation data: batch norm has seen batches."""
+    counts = [buffer for name, buffer in teacher.named_buffers() if name.endswith("num_batches_tracked")]
+    return not counts or any(int(count) > 0 for count in counts)
+
+
+def _seed(seed: int, epoch: int, index: int) -> None:
+    torch.manual_seed(_mix(seed, epoch, index))
+
+
+def _mix(seed: int, epoch: int, index: int) -> int:
+    # distinct for up to a million steps an epoch and a thousand epochs
+    return (seed * 1_000 + epoch) * 1_000_003 + index + 2
+
+
+def _numbers(event: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in event.items() if isinstance(value, (int, float))}

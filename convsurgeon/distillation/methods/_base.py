@@ -1,0 +1,100 @@
+"""What every method is: one module that holds teacher and students, so that there is one backward pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from convsurgeon.distillation.objectives import AbstractObjective
+from convsurgeon.options import parse_options
+from convsurgeon.registry import Registry
+
+
+class Lesson(NamedTuple):
+    """What one step yields: the loss to minimise, and the logits to keep score with."""
+
+    loss: Tensor
+    student_BK: Tensor
+    teacher_BK: Tensor | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method may want to know before it starts.
+
+    Args:
+        objective: the loss between student and teacher.
+        sample: one training batch `(B, C, H, W)`, on the CPU.
+        classes: how many scores the student gives.
+        teacher_is_trained: whether the teacher does better than chance, or None if nobody could tell.
+        seed: for the method's own random numbers.
+    """
+
+    objective: AbstractObjective
+    sample: Tensor
+    classes: int
+    teacher_is_trained: bool | None
+    seed: int
+
+
+class AbstractMethod(nn.Module, ABC):
+    """Teacher and students in one module, and the loss that ties them.
+
+    Teacher and student are owned by the method: it may train, freeze and change them.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    reference: ClassVar[str]
+    needs_teacher: ClassVar[bool] = True
+    teacher_learns: ClassVar[bool] = False
+    """Whether the caller's teacher is trained too, so that it is worth evaluating again."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """No options. A subclass may put a frozen dataclass with defaults in this place."""
+
+    def __init__(self, teacher: nn.Module | None, student: nn.Module, *, setting: Setting, options: Any) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.student = student
+        self.options = parse_options(self.Options, options, owner=self.name)
+        self.objective = setting.objective
+        self.set_up(setting)
+
+    def set_up(self, setting: Setting) -> None:
+        """Make what the method needs besides teacher and student. A hook; nothing by default."""
+
+    @abstractmethod
+    def forward(self, images: Tensor, labels: Tensor) -> Lesson:
+        """Return the loss of one batch: images `(B, C, H, W)`, labels `(B,)`."""
+
+    def students(self) -> dict[str, nn.Module]:
+        """Return the networks among which validation chooses, by name. A hook; the one student by default."""
+        return {"student": self.student}
+
+    def learning_rates(self) -> list[tuple[nn.Module, float]]:
+        """Return what is trained, each with its share of the learning rate. A hook; the student by default."""
+        return [(self.student, 1.0)]
+
+    def parameter_groups(self, *, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Return the optimiser's groups: weights decay, norms and biases do not, frozen ones are left out."""
+        groups = []
+        for module, share in self.learning_rates():
+            trained = [p for p in module.parameters() if p.requires_grad]
+            for members, decay in ((_of_rank(trained, many=True), weight_decay), (_of_rank(trained, many=False), 0.0)):
+                if members:
+                    groups.append({"params": members, "lr": learning_rate * share, "weight_decay": decay})
+        return groups
+
+
+def _of_rank(parameters: Iterable[nn.Parameter], *, many: bool) -> list[nn.Parameter]:
+    return [p for p in parameters if (p.dim() > 1) == many]
+
+
+_registry: Registry[type[AbstractMethod]] = Registry("method", "convsurgeon.distillation.methods")
+register, names, get = _registry.register, _registry.names, _registry.get

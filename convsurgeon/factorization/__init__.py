@@ -1,0 +1,9 @@
+"""Dense kernels taken apart: pure functions on tensors, closed forms only.
+
+Everything is computed in float64 and handed back in the dtype of what came in.
+"""
+
+from convsurgeon.factorization._low_rank import low_rank, rank_one
+from convsurgeon.factorization._taps import fixed_taps, highest_energy_taps, one_hot_kernel
+
+__all__ = ["fixed_taps", "highest_energy_taps", "low_rank", "one_hot_kernel", "rank_one"]

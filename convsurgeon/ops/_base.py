@@ -1,0 +1,180 @@
+"""What every cheap convolution is: the contract, and the parts of it that are written once."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Self, final
+
+import torch
+from torch import Tensor, nn
+
+from convsurgeon.errors import UnsupportedConvError
+from convsurgeon.options import parse_options
+from convsurgeon.spec import ConvSpec, Pair
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class AbstractCheapConv(nn.Module, ABC):
+    """A cheap stand-in for one dense `nn.Conv2d`, linear in its input.
+
+    A subclass is final. It says how it is built, what it costs, why it cannot replace a given
+    convolution, and how it starts from the dense kernel; `from_conv` is written here, once.
+
+    Hooks with a default that a subclass may replace: `fit_options`, `one_hot_macs`. Everything
+    else that is implemented here stays as it is. `convsurgeon.testing` holds the laws.
+    """
+
+    name: ClassVar[str]
+    """The file's name, and what follows `--to`."""
+    summary: ClassVar[str]
+    """One line: the structure."""
+    reference: ClassVar[str]
+    """The paper: authors, year, arXiv id."""
+    last: ClassVar[str]
+    """The submodule whose output is the op's output; it carries the bias."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """No options. A subclass may put a frozen dataclass with defaults in this place."""
+
+    def __init__(self, spec: ConvSpec, options: Any) -> None:
+        super().__init__()
+        self.in_channels = spec.in_channels
+        self.out_channels = spec.out_channels
+        self.kernel_size = spec.kernel_size
+        self.stride = spec.stride
+        self.padding = spec.padding
+        self.dilation = spec.dilation
+        self.groups = spec.groups
+        self.padding_mode = spec.padding_mode
+        self.transposed = False
+        self.output_padding = (0, 0)
+        # plain data: a pickled op must not need a class that is no module
+        self.options: dict[str, Any] = dataclasses.asdict(options)
+
+    @classmethod
+    @abstractmethod
+    def why_not(cls, spec: ConvSpec, options: Any) -> str | None:
+        """Return the sentence why this op cannot replace such a convolution, or None."""
+
+    @classmethod
+    @abstractmethod
+    def macs(cls, spec: ConvSpec, height: int, width: int, options: Any = None) -> int:
+        """Return multiply-adds for one image of that input size, as `ConvSpec.macs` counts them."""
+
+    @abstractmethod
+    def init_from(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Fit the parameters to a dense kernel `(O, I, kh, kw)` and take over its bias `(O,)`."""
+
+    @abstractmethod
+    def as_dense(self) -> Tensor:
+        """Return the dense kernel `(O, I, kh, kw)` this op equals now, differentiably."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, I, H, W)` to `(B, O, P, Q)`, the size the dense convolution would give."""
+
+    @classmethod
+    def fit_options(cls, spec: ConvSpec, options: Any) -> Any:
+        """Return the options that fit this convolution best; by default as given."""
+        return options
+
+    @classmethod
+    def one_hot_macs(cls, spec: ConvSpec, height: int, width: int, options: Any = None) -> int:
+        """Return the multiply-adds a counter sees in frozen one-hot kernels, which only move data."""
+        return 0
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias `(O,)`, as a dense convolution has it."""
+        bias: Tensor | None = getattr(self, self.last).bias
+        return bias
+
+    @property
+    def spec(self) -> ConvSpec:
+        """The geometry of the convolution this op stands in for."""
+        return ConvSpec.from_conv(typing.cast(nn.Conv2d, self))
+
+    @classmethod
+    @final
+    def parse_options(cls, options: Any = None) -> Any:
+        """Turn None, a mapping of names to values or strings, or an `Options` into an `Options`.
+
+        Raises:
+            OptionError: for an unknown name or a value of the wrong type.
+        """
+        return parse_options(cls.Options, options, owner=cls.name)
+
+    @classmethod
+    @final
+    def build(
+        cls,
+        spec: ConvSpec,
+        options: Any = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Return a fresh op with torch's own random initialisation.
+
+        Raises:
+            UnsupportedConvError: with the sentence of `why_not`.
+        """
+        options = cls.fit_options(spec, cls.parse_options(options))
+        if reason := cls.why_not(spec, options):
+            raise UnsupportedConvError(f"{cls.name}: {reason} ({spec})")
+        with torch.device(device or torch.get_default_device()):
+            op = cls(spec, options)
+        return op.to(dtype=dtype or torch.get_default_dtype())
+
+    @classmethod
+    @final
+    def from_conv(cls, conv: nn.Conv2d, options: Any = None, *, initialize: bool = True) -> Self:
+        """Return an op that stands in for `conv`: its device, dtype, memory format, mode and frozen state.
+
+        With `initialize=False` the parameters are left as they come from memory, for weights that follow.
+
+        Raises:
+            UnsupportedConvError: with the sentence of `why_not`.
+            OptionError: for options this op does not have.
+        """
+        weight, bias = conv.weight.detach(), conv.bias
+        op = cls.build(ConvSpec.from_conv(conv), options, device="meta", dtype=weight.dtype)
+        op.to_empty(device=weight.device)
+        if initialize and not weight.is_meta:
+            with torch.no_grad():
+                op.init_from(weight, None if bias is None else bias.detach())
+        if weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
+            op.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for parameter in op.parameters():
+            parameter.requires_grad_(conv.weight.requires_grad)
+        if op.bias is not None and bias is not None:
+            op.bias.requires_grad_(bias.requires_grad)
+        return op.train(conv.training)
+
+    def extra_repr(self) -> str:
+        """Say the geometry and the options, as `print(model)` shows them."""
+        options = "".join(f", {key}={value}" for key, value in self.options.items())
+        return f"{self.spec}{options}"
+
+
+def dense_only(spec: ConvSpec) -> str | None:
+    """Return why a convolution is not a dense one with a spatial kernel, or None.
+
+    What all ops need that factor a kernel into a spatial and a pointwise part.
+    """
+    if spec.groups != 1:
+        return f"needs groups=1, not groups={spec.groups}"
+    if spec.is_pointwise:
+        return "needs a spatial kernel, not 1x1"
+    if spec.padding_mode not in PADDING_MODES:
+        return f"needs a padding mode among {', '.join(PADDING_MODES)}, not {spec.padding_mode!r}"
+    return None
+
+
+def as_padding(padding: Pair | str) -> Any:
+    """Return padding as `nn.Conv2d`'s annotation wants it."""
+    return padding

@@ -1,0 +1,144 @@
+"""`load`: an architecture's name or a file becomes a model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from convsurgeon.errors import ModelError, OptionError
+from convsurgeon.progress import Progress, Report, be_silent
+from convsurgeon.record import read_record, update_record
+from convsurgeon.storage._admission import refusal
+from convsurgeon.storage._architectures import Architecture, parse_name
+from convsurgeon.storage._kinds import Kind, identify
+from convsurgeon.storage._model_args import refuse_fetching
+from convsurgeon.storage._pickles import read_safely, read_trusted
+from convsurgeon.storage._students import read_student
+from convsurgeon.storage._weights import build_with, describe, find_state_dict, only_weights, read_weights
+
+DEFAULT = "DEFAULT"
+
+
+def load(
+    source: str | Path,
+    *,
+    weights: str | Path | None = None,
+    trust: bool = False,
+    trust_modules: Sequence[str] = (),
+    model_args: Mapping[str, Any] | None = None,
+    report: Report = be_silent,
+) -> nn.Module:
+    """Return the model that a name or a file stands for, on the CPU.
+
+    A file that exists wins over the reading as a name. A pickled module keeps its mode; a network
+    built from a name is as its library builds it.
+
+    Args:
+        source: `torchvision:NAME`, `timm:NAME`, `package.module:factory`, a pickled module, or a
+            student that `save` wrote.
+        weights: for a name, a file of weights, or `"DEFAULT"` for those of the library. Without,
+            they are random, and `report` is told so.
+        trust: run whatever code a file brings.
+        trust_modules: modules, with all below them, whose `nn.Module` classes a file may use.
+        model_args: what the architecture is built with, such as `{"num_classes": 10}`.
+
+    Raises:
+        UnknownNameError: if there is no architecture of that name.
+        OptionError: for arguments that do not go with the source.
+        UntrustedFileError: if the file would run code that nobody has allowed.
+        WeightsError: if the weights do not fit.
+        ModelError: if the file is something else than a model.
+    """
+    if isinstance(trust_modules, str):
+        trust_modules = (trust_modules,)
+    refuse_fetching(model_args or {})
+    architecture = None if isinstance(source, Path) or os.path.exists(source) else parse_name(source)
+    if architecture is not None:
+        args = dict(model_args or {})
+        return _load_name(
+            architecture, weights, args=args, trust=trust, trust_modules=trust_modules, report=report
+        )
+    path = Path(source)
+    if weights is not None or model_args:
+        what = "--weights" if weights is not None else "--model-arg"
+        raise OptionError(
+            f"{what} goes with an architecture such as torchvision:resnet18, not with the file {path}"
+        )
+    return _load_file(path, trust=trust, trust_modules=trust_modules)
+
+
+def _load_name(
+    architecture: Architecture,
+    weights: str | Path | None,
+    *,
+    args: dict[str, Any],
+    trust: bool,
+    trust_modules: Sequence[str],
+    report: Report,
+) -> nn.Module:
+    source = architecture.source
+    if weights is None:
+        model = architecture.build(args)
+        report(Progress("load", message=f"{source} has random weights: no --weights was given"))
+    elif weights == DEFAULT:
+        if not architecture.has_default_weights:
+            raise OptionError(f"{source} has no default weights; give a file: --weights FILE")
+        model = architecture.build(args, pretrained=True)
+    else:
+        path = Path(weights)
+        state = read_weights(path, trust=trust, trust_modules=trust_modules)
+        model, used = build_with(architecture, args, state, where=path)
+        if used != args:
+            report(
+                Progress(
+                    "load", message=f"{source} was built with the {used['num_classes']} classes of {path}"
+                )
+            )
+        args = used
+    update_record(model, source=_as_record(source, args), **architecture.input_facts(model, args))
+    return model
+
+
+def _as_record(source: str, args: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the record's `source`, or None where the arguments are Python objects that no file can name."""
+    try:
+        return {"name": source, "args": json.loads(json.dumps(args))}
+    except (TypeError, ValueError):
+        return None
+
+
+def _load_file(path: Path, *, trust: bool, trust_modules: Sequence[str]) -> nn.Module:
+    kind = identify(path)
+    if kind is Kind.SAFETENSORS:
+        return read_student(path, trust=trust, trust_modules=trust_modules)
+    refused: list[str] = []
+    if trust:
+        found = read_trusted(path)
+    else:
+        found, refused = read_safely(path, kind, trust_modules=trust_modules)
+    if find_state_dict(found, modules=False) is not None:
+        raise only_weights(path)
+    if refused:
+        raise refusal(path, refused)
+    if not isinstance(found, nn.Module):
+        raise ModelError(
+            f"{path} holds {describe(found)}, not an nn.Module; save the model itself with torch.save"
+        )
+    if "source" not in _checked_record(path, found):
+        update_record(found, source={"file": path.name})
+    return found
+
+
+def _checked_record(path: Path, model: nn.Module) -> dict[str, Any]:
+    """Return the record that came with a pickle, which must be plain data like any other."""
+    try:
+        record = read_record(model)
+        json.dumps(record)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{path} carries a record that is no plain data; save the model again") from error
+    return record

@@ -1,0 +1,76 @@
+"""`save`: a model becomes a file of the same kind as the one it came from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from convsurgeon.errors import ConvSurgeonError, ModelError, one_line
+from convsurgeon.files import refuse_to_overwrite, write_atomically
+from convsurgeon.record import read_record
+from convsurgeon.storage._students import write_student
+
+_PICKLED = (".pt", ".pth")
+_NAMED = ".safetensors"
+
+
+def save(model: nn.Module, path: str | Path, *, force: bool = False) -> Path:
+    """Write a model so that `load` finds it again, and return the path.
+
+    `.safetensors` holds the architecture's name, the plan and the weights, and no code: for models
+    that were built from a name. `.pt` and `.pth` hold the pickled module.
+
+    Raises:
+        ModelError: if the model cannot be written in that form; nothing is left behind.
+        OutputError: if the file exists and `force` is not given, or the folder cannot be written to.
+    """
+    path = Path(path)
+    if path.suffix not in (*_PICKLED, _NAMED):
+        raise ModelError(
+            f"{path}: a model is saved as .safetensors (name, plan and weights) or .pt (pickled module)"
+        )
+    if path.suffix == _NAMED and not _has_name(model):
+        raise ModelError(
+            f"{path}: .safetensors is for models built from a name with plain arguments, and this "
+            f"{type(model).__name__} was not; save it as {path.with_suffix('.pt').name}"
+        )
+    if path.suffix in _PICKLED:
+        _refuse_script_classes(model, path)
+    refuse_to_overwrite(path, force=force)
+    write = write_student if path.suffix == _NAMED else torch.save
+    try:
+        return write_atomically(path, lambda temporary: write(model, temporary))
+    except ConvSurgeonError:
+        raise
+    except Exception as error:  # whatever pickle and safetensors make of a module
+        raise ModelError(f"{type(model).__name__} cannot be saved as {path}: {one_line(error)}") from error
+
+
+def default_output(model: nn.Module, source: str, tag: str) -> Path:
+    """Return where a rewritten model goes if nobody says: `torchvision:resnet18`, `shift` →
+    `resnet18.shift.safetensors`; `nets/a.pt` → `nets/a.shift.pt`.
+    """
+    if os.path.exists(source) or ":" not in source:
+        path = Path(source)
+        suffix = path.suffix if path.suffix in (*_PICKLED, _NAMED) else ".pt"
+        return path.with_name(f"{path.stem}.{tag}{suffix}")
+    name = source.partition(":")[2].replace("/", "-")
+    return Path(f"{name}.{tag}{_NAMED if _has_name(model) else '.pt'}")
+
+
+def _has_name(model: nn.Module) -> bool:
+    return "name" in read_record(model).get("source", {})
+
+
+def _refuse_script_classes(model: nn.Module, path: Path) -> None:
+    for module in model.modules():
+        name = type(module).__qualname__
+        if type(module).__module__ == "__main__":
+            raise ModelError(
+                f"{path}: {name} is defined in a script (__main__), so no other program could load it; "
+                "move it to a module such as mynet.py, or save model.state_dict() and use: "
+                f"mynet:{name} --weights FILE"
+            )

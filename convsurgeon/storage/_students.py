@@ -1,0 +1,120 @@
+"""A student as name + plan + weights: one safetensors file, from which the architecture is built again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from convsurgeon.errors import ConvSurgeonError, ModelError, UntrustedFileError
+from convsurgeon.record import read_record, update_record
+from convsurgeon.storage._admission import is_under
+from convsurgeon.storage._architectures import FactoryArchitecture, parse_name
+from convsurgeon.storage._model_args import refuse_fetching
+from convsurgeon.storage._safetensors import read_safetensors, write_safetensors
+from convsurgeon.storage._weights import load_strictly, only_weights
+from convsurgeon.surgery import Plan, rebuild
+
+_FORMAT, _VERSION = "convsurgeon-student", "1"
+
+
+def write_student(model: nn.Module, path: Path) -> None:
+    """Write the tensors of a model that was built from a name, and its record."""
+    tensors = dict(model.state_dict())
+    if strange := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
+        raise ModelError(
+            f"{strange[0]} of {type(model).__name__} is no tensor; save it as a pickled module (.pt)"
+        )
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    metadata = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "record": json.dumps(read_record(model), sort_keys=True),
+        "frozen": json.dumps(frozen),
+    }
+    write_safetensors(path, tensors, metadata)
+
+
+def read_student(path: Path, *, trust: bool, trust_modules: Sequence[str]) -> nn.Module:
+    """Build the architecture that the file names, carry out its plan, and load its weights.
+
+    Raises:
+        UntrustedFileError: if the architecture is code that nobody has allowed.
+        ModelError: if the file is damaged, of a later version, or holds only weights.
+    """
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("format") != _FORMAT:
+        raise only_weights(path)
+    if metadata.get("version") != _VERSION:
+        raise ModelError(
+            f"{path} has version {metadata.get('version')} of the student format, and this convsurgeon "
+            f"reads version {_VERSION}; install a newer one"
+        )
+    record, name, args, frozen = _parse(path, metadata)
+    model = _build(path, name, args, trust=trust, trust_modules=trust_modules)
+    if "plan" in record:
+        model = _carry_out(path, model, record["plan"])
+    _take_dtypes(model, tensors)
+    load_strictly(model, tensors, where=path)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(parameter_name not in frozen)
+    update_record(model, **record)
+    return model
+
+
+def _parse(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], str, dict[str, Any], set[str]]:
+    try:
+        record = json.loads(metadata["record"])
+        source = record["source"]
+        name, args = source["name"], source.get("args", {})
+        frozen = json.loads(metadata.get("frozen", "[]"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{path} is damaged: its record names no architecture; save the student again"
+        ) from error
+    if not (isinstance(name, str) and isinstance(args, dict) and isinstance(frozen, list)):
+        raise ModelError(f"{path} is damaged: its record names no architecture; save the student again")
+    return record, name, args, set(map(str, frozen))
+
+
+def _build(
+    path: Path, name: str, args: Mapping[str, Any], *, trust: bool, trust_modules: Sequence[str]
+) -> nn.Module:
+    architecture = parse_name(name)
+    if architecture is None:
+        raise ModelError(f"{path} is damaged: {name!r} in its record is no architecture")
+    if isinstance(architecture, FactoryArchitecture):
+        module = architecture.module
+        if not trust and not any(is_under(module, prefix) for prefix in trust_modules):
+            raise UntrustedFileError(
+                f"{path} is built by {name}, which is code not yet allowed; "
+                f"if you trust that code: --trust-module {module}, or --trust"
+            )
+    try:
+        refuse_fetching(args)
+        return architecture.build(args)
+    except ConvSurgeonError as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def _carry_out(path: Path, model: nn.Module, plan: Any) -> nn.Module:
+    try:
+        return rebuild(model, Plan.from_dict(plan))
+    except ConvSurgeonError as error:
+        raise ModelError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path} is damaged: its plan cannot be read; save the student again") from error
+
+
+def _take_dtypes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give each parameter and buffer the dtype it was saved with; what is not saved follows the others."""
+    floating = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(floating) == 1:
+        model.to(floating.pop())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in tensors and tensor.dtype != tensors[name].dtype:
+            tensor.data = tensor.data.to(tensors[name].dtype)

@@ -1,0 +1,29 @@
+"""Find every convolution, decide about each, and build the student: survey, plan, rewrite."""
+
+from convsurgeon.surgery._cost import Cost, Macs, cost_of, count_macs, count_params, example_like, totals
+from convsurgeon.surgery._graph import trace as trace_graph
+from convsurgeon.surgery._plan import Decision, Plan, plan
+from convsurgeon.surgery._rewrite import check_outputs, plan_of, rebuild, rewrite
+from convsurgeon.surgery._sites import Site
+from convsurgeon.surgery._survey import Survey, survey
+
+__all__ = [
+    "Cost",
+    "Decision",
+    "Macs",
+    "Plan",
+    "Site",
+    "Survey",
+    "check_outputs",
+    "cost_of",
+    "count_macs",
+    "count_params",
+    "example_like",
+    "plan",
+    "plan_of",
+    "rebuild",
+    "rewrite",
+    "survey",
+    "totals",
+    "trace_graph",
+]

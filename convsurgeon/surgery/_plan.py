@@ -1,0 +1,252 @@
+"""The plan: one decision and one reason for every convolution, as plain data."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from convsurgeon import ops
+from convsurgeon.errors import NothingToConvertError, PlanError, SurveyError
+from convsurgeon.ops import AbstractCheapConv
+from convsurgeon.spec import ConvSpec
+from convsurgeon.surgery._copies import ExampleInputs
+from convsurgeon.surgery._selectors import FilterFn, Selectors
+from convsurgeon.surgery._sites import Site
+from convsurgeon.surgery._survey import Survey, survey
+
+_FORMAT, _VERSION = "convsurgeon-plan", 1
+# an input so large that borders do not matter: costs are compared by geometry and stride alone
+_NOMINAL_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one convolution, and why.
+
+    Args:
+        fqns: all its names.
+        spec: its geometry, or None for what is no 2-d convolution.
+        op: the op that replaces it, or None where it is kept.
+        options: the op's options, as fitted to this convolution.
+        label: the reason in a word or two, for counting: `stem`, `1x1`, `grouped`.
+        reason: the reason as a sentence.
+    """
+
+    fqns: tuple[str, ...]
+    spec: ConvSpec | None
+    op: str | None
+    label: str
+    reason: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fqn(self) -> str:
+        """The first name; a root that is itself the convolution is called `(root)`."""
+        return self.fqns[0] or "(root)"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decision for every convolution of a model: printable, editable, and JSON both ways."""
+
+    model: str
+    decisions: tuple[Decision, ...]
+
+    @property
+    def converted(self) -> tuple[Decision, ...]:
+        """The decisions that replace a convolution."""
+        return tuple(decision for decision in self.decisions if decision.op is not None)
+
+    @property
+    def kept(self) -> tuple[Decision, ...]:
+        """The decisions that leave a convolution alone."""
+        return tuple(decision for decision in self.decisions if decision.op is None)
+
+    @property
+    def tag(self) -> str:
+        """What was done, in a word for a file name: `shift`, or `depthwise-group` where ops are mixed."""
+        return "-".join(sorted({decision.op for decision in self.converted if decision.op is not None}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain JSON data, with its format version."""
+        decisions = []
+        for decision in self.decisions:
+            data = asdict(decision)
+            spec = decision.spec.to_dict() if decision.spec else None
+            decisions.append({**data, "fqns": list(decision.fqns), "spec": spec})
+        return {"format": _FORMAT, "version": _VERSION, "model": self.model, "decisions": decisions}
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text, the same bytes for the same plan."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Plan:
+        """Rebuild a plan from plain data.
+
+        Raises:
+            PlanError: for another format or version, missing or malformed fields, or doubled sites.
+        """
+        if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
+            raise PlanError(f'this is no plan: expected a JSON object with "format": "{_FORMAT}"')
+        if data.get("version") != _VERSION:
+            raise PlanError(f"plan version {data.get('version')!r} is not known here; expected {_VERSION}")
+        try:
+            plan = cls(str(data["model"]), tuple(_decision(item) for item in data["decisions"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"malformed plan: {type(error).__name__} {error}") from error
+        doubled = [fqn for fqn, n in Counter(f for d in plan.decisions for f in d.fqns).items() if n > 1]
+        if doubled:
+            raise PlanError(f"the plan decides twice about {doubled[0]!r}; keep one decision for each")
+        return plan
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Rebuild a plan from JSON text.
+
+        Raises:
+            PlanError: for text that is no JSON, or no plan.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"this is no plan: not JSON ({error})") from error
+        return cls.from_dict(data)
+
+
+def plan(
+    model: nn.Module | Survey,
+    to: str = "depthwise",
+    *,
+    keep: str | Sequence[str] = (),
+    only: str | Sequence[str] = (),
+    mapping: Mapping[str, str] | None = None,
+    options: Any = None,
+    filter_fn: FilterFn | None = None,
+    example_inputs: ExampleInputs | None = None,
+) -> Plan:
+    """Decide about every convolution of a model, without touching it.
+
+    By default these are kept: convolutions that are cheap already (grouped, depthwise, 1x1), the
+    stem, those where the op would cost more MACs than the dense one, and those that the op or this
+    package cannot replace. Every decision carries its reason.
+
+    Args:
+        to: the op that convolutions become.
+        keep: glob patterns over fqns to leave alone; wins over everything.
+        only: glob patterns; all others are left alone.
+        mapping: glob pattern to op; overrides the default keeps, and the last match wins.
+        options: the op's options, `{"groups": 8}`; `{"group.groups": 8}` where several ops are used.
+        filter_fn: called with each convolution and its fqn; False keeps it.
+        example_inputs: an input to run once, for call order and sizes.
+
+    Raises:
+        NothingToConvertError: if no convolution would be converted, counting the reasons.
+        SelectorError: for a pattern that matches nothing.
+        UnknownNameError: for an op that does not exist.
+        OptionError: for an option that does not exist or cannot take the value.
+    """
+    if isinstance(model, Survey):
+        if filter_fn is not None:
+            raise SurveyError("filter_fn needs the model, not its survey: call plan(model, filter_fn=...)")
+        found = model
+    else:
+        found = survey(model, example_inputs=example_inputs)
+    selectors = Selectors.parse(to, keep=keep, only=only, mapping=mapping, options=options)
+    if found.sites:
+        selectors.check_against(found.sites)
+    decisions = []
+    for site in found.sites:
+        passed = filter_fn is None or filter_fn(model.get_submodule(site.fqns[0]), site.fqn)  # type: ignore[union-attr]
+        decisions.append(_decide(site, selectors) if passed else _keep(site, "filtered", "filter_fn said no"))
+    result = Plan(found.model, tuple(decisions))
+    if not result.converted:
+        raise NothingToConvertError(_nothing(result, to))
+    return result
+
+
+def _decide(site: Site, selectors: Selectors) -> Decision:
+    if reason := selectors.kept_by(site):
+        return _keep(site, "kept by selector", reason)
+    if site.op is not None:
+        return _keep(site, "converted already", f"it is a cheap convolution already: {site.op}")
+    if site.obstacle is not None or site.spec is None:
+        return _keep(site, "not standard", site.obstacle or "it is no 2-d convolution")
+    mapped = selectors.mapped_to(site)
+    if mapped is None and (kept := _default_keep(site)):
+        return _keep(site, *kept)
+    name = mapped or selectors.to
+    op, wished = ops.get(name), selectors.options[name]
+    options = op.fit_options(site.spec, wished)
+    if reason := op.why_not(site.spec, options):
+        return _keep(site, f"{name} refused", f"{name} {reason}")
+    ratio = mac_ratio(site.spec, op, options)
+    if ratio < 1 and mapped is None:
+        return _keep(site, "no gain", f"{name} would cost {1 / ratio:.2f}x the MACs of the dense convolution")
+    return Decision(
+        site.fqns, site.spec, name, "converted", _converted_reason(ratio, wished, options), asdict(options)
+    )
+
+
+def _default_keep(site: Site) -> tuple[str, str] | None:
+    assert site.spec is not None
+    if site.spec.is_depthwise:
+        return "depthwise", "it is cheap already: depthwise"
+    if site.spec.groups > 1:
+        return "grouped", f"it is cheap already: grouped (groups={site.spec.groups})"
+    if site.spec.is_pointwise:
+        return "1x1", "it is cheap already: 1x1"
+    if site.stem:
+        return "stem", f"it is the stem: the first layer, with {site.spec.in_channels} input channels"
+    return None
+
+
+def mac_ratio(spec: ConvSpec, op: type[AbstractCheapConv], options: Any) -> float:
+    """Return how many times fewer MACs an op needs than the dense convolution, borders aside."""
+    height, width = (_NOMINAL_SIZE * step for step in spec.stride)
+    return spec.macs(height, width) / op.macs(spec, height, width, options)
+
+
+def _converted_reason(ratio: float, wished: Any, options: Any) -> str:
+    change = [
+        f"{key}={value}, since {asdict(wished)[key]} does not fit"
+        for key, value in asdict(options).items()
+        if asdict(wished)[key] != value
+    ]
+    verb = f"{ratio:.1f}x fewer MACs" if ratio >= 1 else f"{1 / ratio:.1f}x more MACs, as mapped"
+    return "; ".join([verb, *change])
+
+
+def _keep(site: Site, label: str, reason: str) -> Decision:
+    return Decision(site.fqns, site.spec, None, label, reason)
+
+
+def _nothing(result: Plan, to: str) -> str:
+    if not result.decisions:
+        return f"{result.model} has no convolution module; there is nothing to convert"
+    counts = Counter(decision.label for decision in result.decisions)
+    reasons = ", ".join(
+        f"{count} {'is' if count == 1 else 'are'} {label}" for label, count in counts.most_common()
+    )
+    return f"no convolution of {result.model} can become {to!r}: {reasons}; `convsurgeon inspect` shows each"
+
+
+def _decision(item: Mapping[str, Any]) -> Decision:
+    fqns = item["fqns"]
+    if not isinstance(fqns, list) or not fqns or not all(isinstance(fqn, str) for fqn in fqns):
+        raise ValueError(f"fqns must be a list of names, got {fqns!r}")
+    if not isinstance(item["op"], (str, type(None))):
+        raise ValueError(f"op must be a name or null, got {item['op']!r}")
+    return Decision(
+        fqns=tuple(fqns),
+        spec=ConvSpec.from_dict(item["spec"]) if item["spec"] is not None else None,
+        op=item["op"],
+        label=str(item["label"]),
+        reason=str(item["reason"]),
+        options=dict(item["options"]),
+    )

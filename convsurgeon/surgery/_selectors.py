@@ -1,0 +1,101 @@
+"""Which op each convolution is offered, as the caller's selectors say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from convsurgeon import ops
+from convsurgeon.errors import OptionError, SelectorError, did_you_mean
+from convsurgeon.surgery._sites import Site
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class Selectors:
+    """The caller's wishes, checked: patterns are globs over all names of a convolution."""
+
+    keep: tuple[str, ...]
+    only: tuple[str, ...]
+    mapping: tuple[tuple[str, str], ...]
+    to: str
+    options: Mapping[str, Any]
+
+    @classmethod
+    def parse(
+        cls,
+        to: str,
+        *,
+        keep: str | Sequence[str],
+        only: str | Sequence[str],
+        mapping: Mapping[str, str] | None,
+        options: Any,
+    ) -> Selectors:
+        """Check names and options.
+
+        Raises:
+            UnknownNameError: for an op that does not exist.
+            OptionError: for an option that does not exist, or is not addressed to one of several ops.
+        """
+        pairs = tuple((mapping or {}).items())
+        used = list(dict.fromkeys([to, *(op for _, op in pairs)]))
+        return cls(_patterns(keep), _patterns(only), pairs, to, _address(options, used))
+
+    def check_against(self, sites: Iterable[Site]) -> None:
+        """Raise a `SelectorError` for the first pattern that matches no convolution."""
+        fqns = [fqn for site in sites for fqn in site.fqns]
+        wanted = [("--keep", pattern) for pattern in self.keep]
+        wanted += [("--only", pattern) for pattern in self.only]
+        wanted += [("--map", pattern) for pattern, _ in self.mapping]
+        for flag, pattern in wanted:
+            if not any(fnmatchcase(fqn, pattern) for fqn in fqns):
+                inside = any(fqn.startswith(f"{pattern}.") for fqn in fqns)
+                hint = f" Did you mean '{pattern}.*'?" if inside else did_you_mean(pattern, fqns)
+                raise SelectorError(f"{flag} {pattern!r} matched no convolution.{hint}")
+
+    def kept_by(self, site: Site) -> str | None:
+        """Return why the selectors leave a convolution alone, or None."""
+        if pattern := _first_match(site, self.keep):
+            return f"kept by --keep {pattern!r}"
+        if self.only and not _first_match(site, self.only):
+            return "not selected by --only " + " ".join(repr(pattern) for pattern in self.only)
+        return None
+
+    def mapped_to(self, site: Site) -> str | None:
+        """Return the op of the last mapping pattern that matches, or None."""
+        found = [op for pattern, op in self.mapping if _first_match(site, (pattern,))]
+        return found[-1] if found else None
+
+
+def _patterns(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _first_match(site: Site, patterns: tuple[str, ...]) -> str | None:
+    return next((p for p in patterns if any(fnmatchcase(fqn, p) for fqn in site.fqns)), None)
+
+
+def _address(options: Any, used: list[str]) -> dict[str, Any]:
+    """Give every op its own checked options: `groups=8` where one op is used, `group.groups=8` among several."""
+    classes = {name: ops.get(name) for name in used}
+    if options is not None and not isinstance(options, Mapping):
+        owners = [name for name, op in classes.items() if isinstance(options, op.Options)]
+        if len(owners) != 1:
+            raise OptionError(f"options {options!r} belong to none of the ops in use: {', '.join(used)}")
+        return {name: op.parse_options(options if name in owners else None) for name, op in classes.items()}
+    addressed: dict[str, dict[str, Any]] = {name: {} for name in used}
+    for key, value in (options or {}).items():
+        owner, _, option = key.rpartition(".")
+        if not owner and len(used) > 1:
+            raise OptionError(
+                f"option {key!r} is ambiguous among {', '.join(used)}; say which op it is for: {used[0]}.{key}"
+            )
+        if owner and owner not in addressed:
+            raise OptionError(f"option {key!r} is for op {owner!r}, which is not in use: {', '.join(used)}")
+        addressed[owner or used[0]][option] = value
+    return {name: op.parse_options(addressed[name]) for name, op in classes.items()}
