@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,12 +24,15 @@ def parse_options(cls: type[Any], values: Any, *, owner: str) -> Any:
         return values
     if values is not None and not isinstance(values, Mapping):
         raise OptionError(f"{owner}: options must be a mapping or {cls.__qualname__}, got {values!r}")
-    hints = typing.get_type_hints(cls)
+    types = typing.get_type_hints(cls)
+    hints = {field.name: types[field.name] for field in dataclasses.fields(cls)}
     converted = {}
     for key, value in (values or {}).items():
         if key not in hints:
             known = ", ".join(hints) or "none"
-            raise OptionError(f"{owner} has no option {key!r}.{did_you_mean(str(key), hints)} Options: {known}.")
+            raise OptionError(
+                f"{owner} has no option {key!r}.{did_you_mean(str(key), hints)} Options: {known}."
+            )
         converted[key] = _convert(value, hints[key], f"{owner}: option {key}")
     return cls(**converted)
 
@@ -51,8 +55,9 @@ def parse_pairs(items: Sequence[str], *, flag: str) -> dict[str, str]:
 def _convert(value: Any, hint: Any, what: str) -> Any:
     if typing.get_origin(hint) is typing.Literal:
         choices = typing.get_args(hint)
-        if value in choices:
-            return value
+        for choice in choices:
+            if (type(value), value) == (type(choice), choice) or value == str(choice):
+                return choice
         raise OptionError(f"{what} must be one of {', '.join(map(str, choices))}, got {value!r}")
     allowed = typing.get_args(hint) or (hint,)
     for kind in allowed:
@@ -62,6 +67,8 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
             return float(value)
         if isinstance(value, str) and (converted := _read(value, kind)) is not None:
             return converted
+        if kind is type(None) and value == "none":
+            return None
     expected = " or ".join("none" if kind is type(None) else kind.__name__ for kind in allowed)
     raise OptionError(f"{what} must be of type {expected}, got {value!r}")
 

@@ -7,7 +7,7 @@ import pkgutil
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from convsurgeon.errors import UnknownNameError
+from convsurgeon.errors import ConvSurgeonError, UnknownNameError, one_line
 
 T = TypeVar("T", bound=type)
 
@@ -37,7 +37,9 @@ class Registry(Generic[T]):
             raise ValueError(f"{self._kind} {cls.__qualname__} has no name")
         known = self._classes.setdefault(name, cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"two {self._kind}s are named {name!r}: in {known.__module__} and in {cls.__module__}")
+            raise ValueError(
+                f"two {self._kind}s are named {name!r}: in {known.__module__} and in {cls.__module__}"
+            )
         return cls
 
     def names(self) -> list[str]:
@@ -59,10 +61,23 @@ class Registry(Generic[T]):
     def _discover(self) -> None:
         if self._discovered:
             return
-        self._discovered = True
+        self._discovered = True  # first: a file that is being imported may ask for names
+        try:
+            self._import_all()
+        except BaseException:
+            self._discovered = False  # or the next caller would be told of half of them
+            raise
+
+    def _import_all(self) -> None:
         package = importlib.import_module(self._package)
         for module in pkgutil.iter_modules(package.__path__):
             if not module.name.startswith("_"):
                 importlib.import_module(f"{self._package}.{module.name}")
         for entry_point in entry_points(group=self._group) if self._group else ():
-            self.register(entry_point.load())
+            try:
+                self.register(entry_point.load())
+            except Exception as error:  # whatever a foreign package raises, and a name taken twice
+                raise ConvSurgeonError(
+                    f"the {self._kind} {entry_point.name!r} of another package ({entry_point.value}) "
+                    f"cannot be loaded: {one_line(error)}; repair or uninstall that package"
+                ) from error

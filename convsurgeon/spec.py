@@ -54,7 +54,10 @@ class ConvSpec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ConvSpec:
         """Rebuild a spec from `to_dict()`, whose pairs JSON has made lists."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
+        return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON data."""

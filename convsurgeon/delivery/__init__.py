@@ -4,9 +4,22 @@
 files against one another; `session` opens one as both of them do.
 """
 
+from convsurgeon.delivery._comparison import Comparison, Side, compare
 from convsurgeon.delivery._export import Delivery, export
 from convsurgeon.delivery._latency import Latency, measure_latency, ratio
 from convsurgeon.delivery._parity import Parity
-from convsurgeon.delivery._session import session
+from convsurgeon.delivery._session import read_metadata, session
 
-__all__ = ["Delivery", "Latency", "Parity", "export", "measure_latency", "ratio", "session"]
+__all__ = [
+    "Comparison",
+    "Delivery",
+    "Latency",
+    "Parity",
+    "Side",
+    "compare",
+    "export",
+    "measure_latency",
+    "ratio",
+    "read_metadata",
+    "session",
+]

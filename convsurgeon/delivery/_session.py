@@ -39,3 +39,8 @@ def session(path: str | Path, *, threads: int = 0) -> onnxruntime.InferenceSessi
         raise ExportError(
             f"{path} is not an ONNX file that onnxruntime can run ({one_line(error)})"
         ) from error
+
+
+def read_metadata(opened: onnxruntime.InferenceSession) -> dict[str, str]:
+    """Return what an ONNX file says about itself, as `export` wrote it."""
+    return dict(opened.get_modelmeta().custom_metadata_map)

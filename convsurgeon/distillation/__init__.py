@@ -1,4 +1,4 @@
-"""Train a student beside its teacher: who teaches whom (`methods`), in which loss (`objectives`), one loop."""
+"""Train a student beside its teacher: who teaches whom (`methods`), in which loss (`objectives`)."""
 
 from convsurgeon.distillation._augmentation import Augmentation
 from convsurgeon.distillation._config import Training

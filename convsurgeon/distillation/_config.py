@@ -56,6 +56,10 @@ class Training:
             raise OptionError(f"limit_batches must be at least 1, got {self.limit_batches}")
         if not self.learning_rate > 0:
             raise OptionError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.momentum < 1:
+            raise OptionError(f"momentum must be from 0 to below 1, got {self.momentum}")
+        if not self.weight_decay >= 0:
+            raise OptionError(f"weight_decay must be 0 or more, got {self.weight_decay}")
         if not 0 <= self.warmup < 1:
             raise OptionError(f"warmup must be a share from 0 to 1, got {self.warmup}")
         if self.precision not in PRECISIONS:
@@ -64,10 +68,11 @@ class Training:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON data."""
         data = asdict(self)
-        return {**data, "method_options": dict(self.method_options), "objective_options": dict(self.objective_options)}
+        own = {"method_options": self.method_options, "objective_options": self.objective_options}
+        return {**data, **{name: dict(options) for name, options in own.items()}}
 
     def rate_at(self, step: int, steps: int) -> float:
-        """Return the share of the peak learning rate for a step: a linear rise, then half a cosine to zero."""
+        """Return a step's share of the peak learning rate: a linear rise, then half a cosine to zero."""
         rise = max(1, round(self.warmup * steps))
         if step < rise:
             return (step + 1) / rise
@@ -80,5 +85,5 @@ class Training:
         if device.type == "cuda":
             return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         # added in torch 2.11 or so; without it we cannot know, and fp32 is always right
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         return "bf16" if device.type == "cpu" and capabilities.get("amx_bf16") else "no"

@@ -60,7 +60,8 @@ def split_at_features(model: nn.Module, sample: Tensor) -> FeatureSplit:
         network = fx.GraphModule(model.train(), trace_graph(model))
         shapes = _shapes(network, sample)
     except Exception as error:
-        raise DistillationError(f"ensemble needs the graph of {name}: {one_line(error)}; {_ADVICE}") from error
+        reason = one_line(error)
+        raise DistillationError(f"ensemble needs the graph of {name}: {reason}; {_ADVICE}") from error
     reader = _first_reader(network, shapes)
     if reader is None:
         raise DistillationError(f"ensemble: {name} does not end in one tensor of class scores; {_ADVICE}")
@@ -73,7 +74,8 @@ def split_at_features(model: nn.Module, sample: Tensor) -> FeatureSplit:
     shape = shapes[node.name]
     if len(shape) != 4:
         raise DistillationError(
-            f"ensemble: before its classifier {name} has a tensor of shape {shape}, expected a feature map; {_ADVICE}"
+            f"ensemble: before its classifier {name} has a tensor of shape {shape}, "
+            f"expected a feature map; {_ADVICE}"
         )
     end = chain[0] if chain else node
     pooling = _between(network, node, end)
@@ -100,13 +102,20 @@ def _first_reader(network: fx.GraphModule, shapes: dict[str, tuple[int, ...]]) -
     output = nodes[-1]
     if not isinstance(output.args[0], fx.Node) or len(shapes.get(output.args[0].name, ())) != 2:
         return None
-    spatial = [
-        i for i, node in enumerate(nodes) if _has_parameters(network, node) and len(shapes.get(node.name, ())) == 4
-    ]
-    for node in nodes[max(spatial, default=0) :]:
-        if node.op == "call_module" and isinstance(network.get_submodule(node.target), nn.Linear):
-            return node
-    return output
+    last = max(
+        (
+            index
+            for index, node in enumerate(nodes)
+            if _has_parameters(network, node) and len(shapes.get(node.name, ())) == 4
+        ),
+        default=0,
+    )
+    reader: fx.Node
+    for reader in nodes[last:]:
+        if reader.op == "call_module" and isinstance(network.get_submodule(str(reader.target)), nn.Linear):
+            return reader
+    end: fx.Node = nodes[-1]
+    return end
 
 
 def _tensor_inputs(node: fx.Node, shapes: dict[str, tuple[int, ...]]) -> list[fx.Node]:
@@ -127,9 +136,10 @@ def _between(network: fx.GraphModule, start: fx.Node, end: fx.Node) -> fx.GraphM
     copies = {start: graph.placeholder("features")}
     after = False
     for node in network.graph.nodes:
-        if after and node.all_input_nodes and all(source in copies for source in node.all_input_nodes):
-            if node.op != "output" and not _has_parameters(network, node):
-                copies[node] = graph.node_copy(node, lambda source: copies[source])
+        sources = node.all_input_nodes
+        known = after and sources and all(source in copies for source in sources)
+        if known and node.op != "output" and not _has_parameters(network, node):
+            copies[node] = graph.node_copy(node, lambda source: copies[source])
         after = after or node is start
     graph.output(copies[end])
     module = fx.GraphModule(network, graph)

@@ -17,19 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from convsurgeon.data import ImageSet, make_loader
 from convsurgeon.distillation import methods, objectives
 from convsurgeon.distillation._augmentation import Augmentation
+from convsurgeon.distillation._batches import (
+    as_loader,
+    check_labels,
+    first_batch,
+    generators_of,
+    mix,
+    pair,
+    seed_all,
+    untouched_generators,
+)
 from convsurgeon.distillation._config import Training
 from convsurgeon.distillation._interrupt import catch_interrupt
 from convsurgeon.distillation._run_folder import RunFolder
+from convsurgeon.distillation._watch import Watch
 from convsurgeon.errors import DataError, DistillationError, one_line
-from convsurgeon.evaluation import check_head, evaluate, logits_of
+from convsurgeon.evaluation import evaluate
 from convsurgeon.progress import Progress, Report, be_silent
-
-_REPORT_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -130,9 +138,13 @@ def distill(
     )
     if resume and run_dir is None:
         raise DistillationError("resume=True needs the run_dir of the run to go on with")
-    loader = _as_loader(train, config)
+    loader = as_loader(train, config)
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices=list(cuda)), catch_interrupt() as interrupted:
+    with (
+        torch.random.fork_rng(devices=list(cuda)),
+        untouched_generators(loader, val),
+        catch_interrupt() as interrupted,
+    ):
         folder = None
         run = _Run(teacher, student, loader, val, config=config, interrupted=interrupted, report=report)
         if run_dir is not None:
@@ -163,31 +175,31 @@ class _Run:
         self.accelerator, self.precision = _accelerator(config)
         self.device = self.accelerator.device
         self.best_state: dict[str, Tensor] | None = None
-        sample, classes = _first_batch(loader, student, config)
         method_class = methods.get(config.method)
         if teacher is None and method_class.needs_teacher:
             raise DistillationError(f"method {config.method!r} needs a teacher, got None")
+        given = teacher if method_class.needs_teacher else None
+        sample, self.classes = first_batch(loader, student, given, config)
         self.teacher_before = None if teacher is None else self._accuracy(teacher)
         setting = methods.Setting(
             objective=objectives.get(config.objective)(config.objective_options),
             sample=sample,
-            classes=classes,
-            teacher_is_trained=self._is_trained(classes),
+            classes=self.classes,
+            teacher_is_trained=self._is_trained(),
             seed=config.seed,
         )
         method = method_class(
-            copy.deepcopy(teacher).cpu() if teacher is not None and method_class.needs_teacher else None,
+            None if given is None else copy.deepcopy(given).cpu(),
             copy.deepcopy(student).cpu(),
             setting=setting,
             options=config.method_options,
         )
-        method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        method.to(memory_format=torch.channels_last)
         self.method = method
-        optimizer = torch.optim.SGD(
-            method.parameter_groups(learning_rate=config.learning_rate, weight_decay=config.weight_decay),
-            momentum=config.momentum,
-            nesterov=config.momentum > 0,
-        )
+        groups = method.parameter_groups(learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+        if not groups:
+            raise DistillationError("there is nothing to train: every parameter has requires_grad=False")
+        optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
         # gives the method a forward under autocast, and every process its part of each batch
         self.module, self.optimizer, self.loader = self.accelerator.prepare(method, optimizer, loader)
         self.steps_per_epoch = min(len(self.loader), config.limit_batches or len(self.loader))
@@ -205,42 +217,49 @@ class _Run:
             self._note(folder, {"event": "start", "teacher_accuracy": self.teacher_before})
         for epoch in range(state.step // self.steps_per_epoch, self.config.epochs):
             self.module.train()
-            watch = _Watch(self.report, self.steps, epoch=epoch + 1, epochs=self.config.epochs, done=state.step)
+            watch = Watch(
+                self.report, self.steps, epoch=epoch + 1, epochs=self.config.epochs, done=state.step
+            )
             for images, labels in self._batches(epoch, skip=state.step - epoch * self.steps_per_epoch):
                 lesson = self._step(images, labels)
                 state.step += 1
                 watch.look(state.step, lesson, labels)
                 state.seconds = time.monotonic() - started
-                last = state.step % self.steps_per_epoch == 0
+                if state.step % self.steps_per_epoch == 0:
+                    continue  # the epoch is closed first: a checkpoint here would lose its validation
                 if self.interrupted():
                     self._stop(folder)
-                if not last and time.monotonic() - saved >= checkpoint_seconds:
+                if time.monotonic() - saved >= checkpoint_seconds:
                     self._save(folder)
                     saved = time.monotonic()
             watch.check_finite(state.step)
             self._close_epoch(epoch, folder, watch)
+            if self.interrupted():
+                self._stop(folder)
             self._save(folder)
             saved = time.monotonic()
         return self._result(folder)
 
     def _batches(self, epoch: int, *, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of an epoch in its own order, without the first ones, each under its own random state."""
-        _seed(self.config.seed, epoch, -1)
-        if getattr(self.loader, "generator", None) is not None:
-            self.loader.generator.manual_seed(_mix(self.config.seed, epoch, -1))
-        for owner in (self.loader, getattr(self.loader, "sampler", None), getattr(self.loader, "batch_sampler", None)):
-            if hasattr(owner, "set_epoch"):
+        """Yield the batches of an epoch in its own order, from the first one that is not behind us."""
+        seed_all(self.config.seed, epoch, -1)
+        for generator in generators_of(self.loader):
+            generator.manual_seed(mix(self.config.seed, epoch, -1))
+        for owner in (self.loader, getattr(self.loader, "sampler", None), self.loader.batch_sampler):
+            if owner is not None and hasattr(owner, "set_epoch"):
                 owner.set_epoch(epoch)
         batches = iter(self.loader)
         for index in range(self.steps_per_epoch):
-            _seed(self.config.seed, epoch, index)
-            images, labels = _pair(next(batches))
+            seed_all(self.config.seed, epoch, index)
+            images, labels = pair(next(batches))
             if index >= skip:
                 yield images.to(memory_format=torch.channels_last) if images.dim() == 4 else images, labels
 
     def _step(self, images: Tensor, labels: Tensor) -> methods.Lesson:
         if self.config.augmentation is not None:
             images = self.config.augmentation(images)
+        if labels.device.type == "cpu":  # elsewhere it would wait for the device
+            check_labels(labels, self.classes)
         lesson: methods.Lesson = self.module(images, labels)
         self.accelerator.backward(lesson.loss)
         self.optimizer.step()
@@ -248,7 +267,7 @@ class _Run:
         self.schedule.step()
         return lesson
 
-    def _close_epoch(self, epoch: int, folder: RunFolder | None, watch: _Watch) -> None:
+    def _close_epoch(self, epoch: int, folder: RunFolder | None, watch: Watch) -> None:
         scores = {name: self._accuracy(peer) for name, peer in self.method.students().items()}
         name, score = max(scores.items(), key=lambda item: -1.0 if item[1] is None else item[1])
         best = self.state.best
@@ -285,10 +304,10 @@ class _Run:
             raise DataError(f"validation: {error}") from error
         return found.accuracy
 
-    def _is_trained(self, classes: int) -> bool | None:
+    def _is_trained(self) -> bool | None:
         if self.teacher_before is None:
             return None if self.given_teacher is None else _beats_chance_unseen(self.given_teacher)
-        chance = 1 / classes
+        chance = 1 / self.classes
         return self.teacher_before > chance + 0.1 * (1 - chance)
 
     def _save(self, folder: RunFolder | None) -> None:
@@ -297,6 +316,7 @@ class _Run:
         folder.save_last(
             {
                 "step": self.state.step,
+                "steps": self.steps,
                 "best": self.state.best,
                 "history": self.state.history,
                 "seconds": self.state.seconds,
@@ -304,6 +324,7 @@ class _Run:
                 "method": self.method.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": {"last_epoch": self.schedule.last_epoch},
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             }
         )
 
@@ -311,6 +332,11 @@ class _Run:
         saved = folder.load_last()
         if saved is None:
             return
+        if saved["steps"] != self.steps:
+            raise DistillationError(
+                f"the run in {folder.path} has {saved['steps']} steps, with these training data "
+                f"it would have {self.steps}; resume with the same data"
+            )
         try:
             self.method.load_state_dict(saved["method"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -318,6 +344,8 @@ class _Run:
             raise DistillationError(
                 f"the checkpoint in {folder.path} does not fit these networks: {one_line(error)}"
             ) from error
+        if self.accelerator.scaler is not None and saved["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.schedule.last_epoch = saved["schedule"]["last_epoch"]
         self.teacher_before = saved["teacher_before"]
         self.state = _State(saved["step"], saved["best"], saved["history"], saved["seconds"])
@@ -359,67 +387,6 @@ class _Run:
         return DistillResult(student.eval(), teacher, metrics)
 
 
-class _Watch:
-    """Keeps the score of an epoch, and reports it a few times a second."""
-
-    def __init__(self, report: Report, steps: int, *, epoch: int, epochs: int, done: int) -> None:
-        self.report, self.steps, self.epoch, self.epochs = report, steps, epoch, epochs
-        self.first, self.started, self.spoke = done, time.monotonic(), 0.0
-        self.images = 0
-        self.sums: dict[str, Tensor] = {}
-
-    def look(self, step: int, lesson: methods.Lesson, labels: Tensor) -> None:
-        """Take one step into account."""
-        self.images += len(labels)
-        self._add("loss", lesson.loss.detach().float() * len(labels))
-        self._add("student", (lesson.student_BK.detach().argmax(1) == labels).sum())
-        if lesson.teacher_BK is not None:
-            self._add("teacher", (lesson.teacher_BK.detach().argmax(1) == labels).sum())
-        now = time.monotonic()
-        if now - self.spoke < _REPORT_SECONDS:
-            return
-        self.spoke = now
-        self.check_finite(step)
-        pace = (now - self.started) / max(1, step - self.first)
-        figures = {
-            "epoch": self.epoch,
-            "epochs": self.epochs,
-            "loss": self.mean_loss,
-            "student_accuracy": self.student_accuracy,
-            "images_per_second": self.images / max(1e-9, now - self.started),
-            "seconds_left": pace * (self.steps - step),
-        }
-        if self.teacher_accuracy is not None:
-            figures["teacher_accuracy"] = self.teacher_accuracy
-        self.report(Progress("train", step, self.steps, figures))
-
-    @property
-    def mean_loss(self) -> float:
-        """The loss of an image, averaged over the epoch so far."""
-        return float(self.sums["loss"]) / self.images
-
-    @property
-    def student_accuracy(self) -> float:
-        """The student's share of right answers on augmented training images."""
-        return float(self.sums["student"]) / self.images
-
-    @property
-    def teacher_accuracy(self) -> float | None:
-        """The teacher's, where it answered."""
-        return float(self.sums["teacher"]) / self.images if "teacher" in self.sums else None
-
-    def check_finite(self, step: int) -> None:
-        """Raise if the loss is no number any more."""
-        if not torch.isfinite(self.sums["loss"]):
-            raise DistillationError(
-                f"the loss is {float(self.sums['loss'])} at step {step}: training diverged; "
-                "lower --learning-rate, or try --precision no"
-            )
-
-    def _add(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-
 def _accelerator(config: Training) -> tuple[Any, str]:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
@@ -431,64 +398,17 @@ def _accelerator(config: Training) -> tuple[Any, str]:
         raise DistillationError(f"device must be cpu or cuda, got {config.device!r}")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise DistillationError("device cuda was asked for, and torch finds none; use --device cpu")
-    precision = config.autocast(PartialState(cpu=on_cpu).device)
+    device = PartialState(cpu=on_cpu).device
+    precision = config.autocast(device)
+    if precision == "fp16" and device.type == "cpu":
+        raise DistillationError("precision fp16 needs a GPU; on a CPU use bf16 or no")
     return Accelerator(cpu=on_cpu, mixed_precision=precision), precision
-
-
-def _as_loader(train: Any, config: Training) -> DataLoader[Any]:
-    if isinstance(train, ImageSet):
-        whole = len(train) >= config.batch_size
-        return make_loader(train, batch_size=config.batch_size, shuffle=True, drop_last=whole)
-    if isinstance(train, DataLoader):
-        return train
-    if isinstance(train, Dataset):
-        return DataLoader(train, batch_size=config.batch_size, shuffle=True, generator=torch.Generator())
-    raise DataError(f"train must be a DataLoader or a Dataset, got {type(train).__name__}")
-
-
-def _first_batch(loader: DataLoader[Any], student: nn.Module, config: Training) -> tuple[Tensor, int]:
-    """Return one batch of images and how many scores the student gives, having checked that they go together."""
-    try:
-        length = len(loader)
-    except TypeError as error:
-        raise DataError("train must have a length, so that the schedule knows its end") from error
-    if length == 0:
-        raise DataError("train has no batch; give more images or a smaller batch size")
-    _seed(config.seed, 0, -2)
-    images, labels = _pair(next(iter(loader)))
-    probe = copy.deepcopy(student).cpu().eval()
-    try:
-        with torch.no_grad():
-            width = logits_of(probe(images[:2].cpu())).shape[-1]
-    except (RuntimeError, ValueError, AssertionError) as error:
-        shape = "x".join(str(size) for size in images.shape[1:])
-        raise DataError(f"the student cannot take the training images of {shape}: {one_line(error)}") from error
-    if isinstance(loader.dataset, ImageSet):
-        check_head(width, len(loader.dataset.classes), data="the training data")
-    elif int(labels.max()) >= width:
-        raise DataError(f"the student gives {width} scores, the training labels go up to {int(labels.max())}")
-    return images.cpu(), width
-
-
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch):
-        return batch[0], batch[1]
-    raise DataError(f"a training batch must be (images, labels), got {type(batch).__name__}")
 
 
 def _beats_chance_unseen(teacher: nn.Module) -> bool:
     """Guess whether a network is trained where there is no validation data: batch norm has seen batches."""
     counts = [buffer for name, buffer in teacher.named_buffers() if name.endswith("num_batches_tracked")]
     return not counts or any(int(count) > 0 for count in counts)
-
-
-def _seed(seed: int, epoch: int, index: int) -> None:
-    torch.manual_seed(_mix(seed, epoch, index))
-
-
-def _mix(seed: int, epoch: int, index: int) -> int:
-    # distinct for up to a million steps an epoch and a thousand epochs
-    return (seed * 1_000 + epoch) * 1_000_003 + index + 2
 
 
 def _numbers(event: Mapping[str, Any]) -> dict[str, float]:

@@ -15,7 +15,7 @@ _VERSION = 1
 
 
 class RunFolder:
-    """A folder with `config.json`, `metrics.jsonl`, `last.pt`, `best.pt` and, if asked for, TensorBoard events.
+    """A folder with `config.json`, `metrics.jsonl`, `last.pt`, `best.pt` and, if wanted, TensorBoard events.
 
     Args:
         path: the folder; made if it does not exist.
@@ -27,18 +27,22 @@ class RunFolder:
             or if the settings differ.
     """
 
-    def __init__(self, path: str | Path, config: Mapping[str, Any], *, resume: bool, tensorboard: bool = False):
-        self.path = make_folder(path)
+    def __init__(
+        self, path: str | Path, config: Mapping[str, Any], *, resume: bool, tensorboard: bool = False
+    ) -> None:
+        self.path = Path(path)
         config = json.loads(json.dumps({"version": _VERSION, **config}))
         if resume:
             _check_same(self.read_config(self.path), config, self.path)
         elif (self.path / "config.json").exists():
             raise DistillationError(
-                f"{self.path} holds a run already; go on with it by --resume {self.path}, or choose another folder"
+                f"{self.path} holds a run already; go on with it by --resume {self.path}, "
+                "or choose another folder"
             )
-        else:
-            write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+        make_folder(self.path)
         self._writer = _tensorboard_writer(self.path) if tensorboard else None
+        if not resume:
+            write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     @staticmethod
     def read_config(path: str | Path) -> dict[str, Any]:
@@ -108,8 +112,8 @@ def _check_same(there: Mapping[str, Any], asked: Mapping[str, Any], path: Path) 
     for key in asked.keys() | there.keys():
         if there.get(key) != asked.get(key):
             raise DistillationError(
-                f"{path} was started with other settings: {key} was {there.get(key)!r}, now {asked.get(key)!r}; "
-                "resume with the same ones"
+                f"{path} was started with other settings: {key} was {there.get(key)!r}, "
+                f"now {asked.get(key)!r}; resume with the same ones"
             )
 
 
@@ -120,4 +124,4 @@ def _tensorboard_writer(path: Path) -> Any:
         raise DistillationError(
             "TensorBoard is not installed; install convsurgeon[tensorboard] or leave --tensorboard out"
         ) from error
-    return SummaryWriter(str(path / "tensorboard"))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(path / "tensorboard"))

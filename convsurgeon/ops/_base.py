@@ -148,7 +148,7 @@ class AbstractCheapConv(nn.Module, ABC):
             with torch.no_grad():
                 op.init_from(weight, None if bias is None else bias.detach())
         if weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
-            op.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            op.to(memory_format=torch.channels_last)
         for parameter in op.parameters():
             parameter.requires_grad_(conv.weight.requires_grad)
         if op.bias is not None and bias is not None:

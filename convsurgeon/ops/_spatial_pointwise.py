@@ -59,11 +59,13 @@ class AbstractSpatialPointwise(AbstractCheapConv):
 
     @classmethod
     def why_not(cls, spec: ConvSpec, options: Any) -> str | None:
-        """Refuse grouped and 1x1 convolutions, and where only one group would be left."""
+        """Refuse grouped and 1x1 convolutions, and where only one of the groups asked for would be left."""
         if reason := dense_only(spec):
             return reason
-        if cls.spatial_groups(spec, options) == 1 < spec.in_channels:
-            return f"no number of groups from 2 to {options.groups} divides {spec.in_channels} input channels"
+        asked = getattr(options, "groups", 1)
+        if cls.spatial_groups(spec, options) == 1 < asked:
+            channels = f"{spec.in_channels} input channel{'s' if spec.in_channels > 1 else ''}"
+            return f"no number of groups from 2 to {asked} divides {channels}"
         return None
 
     @classmethod
@@ -95,8 +97,9 @@ class AbstractSpatialPointwise(AbstractCheapConv):
     def as_dense(self) -> Tensor:
         """Return the product of both parts, group by group."""
         groups = self.spatial.groups
-        spatial_GMMK = self.spatial.weight.flatten(2).unflatten(0, (groups, -1))
-        point_OGM = self.pointwise.weight[:, :, 0, 0].unflatten(1, (groups, -1))
+        channels = self.in_channels // groups
+        spatial_GMMK = self.spatial.weight.reshape(groups, channels, channels, -1)
+        point_OGM = self.pointwise.weight.reshape(-1, groups, channels)
         dense = torch.einsum("ogn,gnmk->ogmk", point_OGM, spatial_GMMK)
         return dense.reshape(self.out_channels, self.in_channels, *self.kernel_size)
 

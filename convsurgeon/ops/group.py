@@ -78,7 +78,7 @@ class GroupConv2d(AbstractSpatialPointwise):
         rank-M approximation: the closest kernel (Frobenius norm) that this op can represent.
         """
         groups = self.spatial.groups
-        group_GOC = weight.unflatten(1, (groups, -1)).transpose(0, 1).flatten(2)
+        group_GOC = weight.reshape(len(weight), groups, -1).transpose(0, 1)
         point_GOM, spatial_GMC = low_rank(group_GOC, self.in_channels // groups)
         self.pointwise.weight.copy_(point_GOM.transpose(0, 1).flatten(1)[:, :, None, None])
         self.spatial.weight.copy_(spatial_GMC.reshape_as(self.spatial.weight))

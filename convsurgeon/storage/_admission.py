@@ -20,7 +20,8 @@ from torch import nn
 from convsurgeon.errors import ModelError, UntrustedFileError, one_line
 from convsurgeon.storage._stand_ins import Held, HeldChoice, HeldLookup, HeldPartial, StandIns
 
-PREFIXES = ("torch.nn", "torchvision", "timm", "convsurgeon")
+# not all of timm: a timm.task.DistillationTeacher fetches models by name when it is called
+PREFIXES = ("torch.nn", "torchvision", "timm.layers", "timm.models", "convsurgeon")
 
 _CLASSES = frozenset(
     {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from convsurgeon.storage._kinds import Kind
 from convsurgeon.storage._stand_ins import Inert, StandInError
 
 _ALLOWED_IS_GLOBAL = threading.Lock()
+_FROM_A_SCRIPT = re.compile(r"get attribute '(\w+)' on <module '__main__'")
 
 
 def read_trusted(path: Path) -> Any:
@@ -35,8 +37,8 @@ def read_trusted(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:
-        if "__main__" in str(error):
-            raise refusal(path, [f"__main__.{getattr(error, 'name', None) or 'Net'}"]) from error
+        if scripted := _FROM_A_SCRIPT.search(str(error)):
+            raise refusal(path, [f"__main__.{scripted[1]}"]) from error
         raise ModelError(f"{path} cannot be loaded: {one_line(error)}") from error
 
 
@@ -69,9 +71,28 @@ def read_safely(path: Path, kind: Kind, *, trust_modules: Sequence[str] = ()) ->
         raise
     except Exception as error:
         raise _unreadable(path, error, refused) from error
-    if isinstance(found, nn.Module) and any(admission.stand_ins.unfinished(part) for part in found.modules()):
-        raise UntrustedFileError(f"{path} holds a module without its state; save the model again")
+    if isinstance(found, nn.Module) and not refused:
+        _check_tree(path, found)
     return found, refused
+
+
+def _check_tree(path: Path, root: nn.Module) -> None:
+    """Refuse modules whose parts are no parts: later code relies on what `nn.Module` would have seen to."""
+    kinds = {"_parameters": nn.Parameter, "_buffers": torch.Tensor, "_modules": nn.Module}
+    todo, seen = [root], {root}
+    while todo:
+        module = todo.pop()
+        for attribute, kind in kinds.items():
+            parts = module.__dict__.get(attribute)
+            if not isinstance(parts, dict) or not all(
+                p is None or isinstance(p, kind) for p in parts.values()
+            ):
+                raise ModelError(
+                    f"{path} is damaged: a {type(module).__name__} in it has no proper {attribute}"
+                )
+        children = {child for child in module._modules.values() if child is not None} - seen
+        seen |= children
+        todo += children
 
 
 def _unreadable(path: Path, error: Exception, refused: Sequence[str]) -> ConvSurgeonError:

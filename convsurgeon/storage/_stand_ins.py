@@ -12,6 +12,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from torch import nn
+
 
 class StandInError(Exception):
     """A pickle did with a stand-in what ordinary pickles never do."""
@@ -89,22 +91,25 @@ class StandIns:
 
     def __init__(self) -> None:
         self._reals: dict[type, type] = {}
-        self._states: dict[int, tuple[object, type, dict[str, Any]]] = {}
+        self._created: dict[int, tuple[object, type]] = {}
+        self._states: dict[int, dict[str, Any]] = {}
         self._seen: dict[int, tuple[object, object]] = {}
 
     def shell(self, real: type) -> type:
         """Return a class that stands for `real`: created without arguments, given a state once."""
-        states = self._states
+        created, states = self._created, self._states
 
         def create(cls: type, *args: object) -> object:
             if args:
                 raise StandInError(f"creates {real.__module__}.{real.__qualname__} with arguments")
-            return object.__new__(cls)
+            shell: object = object.__new__(cls)
+            created[id(shell)] = (shell, real)
+            return shell
 
-        def set_state(shell: object, state: object) -> None:
+        def set_state(shell: object, state: Any) -> None:
             if id(shell) in states or not _is_plain_state(state):
                 raise StandInError(f"gives {real.__module__}.{real.__qualname__} a state that is no module's")
-            states[id(shell)] = (shell, real, state)  # type: ignore[assignment]
+            states[id(shell)] = state
 
         body = {"__new__": create, "__setstate__": set_state, "__module__": real.__module__}
         shell = _Uncallable(real.__qualname__, (), body)
@@ -113,8 +118,10 @@ class StandIns:
 
     def reveal(self, root: Any) -> Any:
         """Turn every shell into an instance of its class, and everything held into the real thing."""
-        for shell, real, state in self._states.values():
-            state = self._revealed(state)
+        for key, (shell, real) in self._created.items():
+            if key not in self._states and issubclass(real, nn.Module):
+                raise StandInError(f"creates {real.__module__}.{real.__qualname__} without its state")
+            state = self._revealed(self._states.get(key, {}))
             # nn.Module's own __setattr__ would look at attributes that are not there yet
             object.__setattr__(shell, "__class__", real)
             if hasattr(real, "__setstate__"):
@@ -122,10 +129,6 @@ class StandIns:
             else:
                 shell.__dict__.update(state)
         return self._revealed(root)
-
-    def unfinished(self, value: object) -> bool:
-        """Whether `value` is an instance that never got its state."""
-        return type(value) in self._reals
 
     def _revealed(self, value: Any) -> Any:
         if isinstance(value, Held):

@@ -2,7 +2,7 @@
 
 from convsurgeon.surgery._cost import Cost, Macs, cost_of, count_macs, count_params, example_like, totals
 from convsurgeon.surgery._graph import trace as trace_graph
-from convsurgeon.surgery._plan import Decision, Plan, plan
+from convsurgeon.surgery._plan import Decision, Plan, default_keep, mac_ratio, plan
 from convsurgeon.surgery._rewrite import check_outputs, plan_of, rebuild, rewrite
 from convsurgeon.surgery._sites import Site
 from convsurgeon.surgery._survey import Survey, survey
@@ -18,7 +18,9 @@ __all__ = [
     "cost_of",
     "count_macs",
     "count_params",
+    "default_keep",
     "example_like",
+    "mac_ratio",
     "plan",
     "plan_of",
     "rebuild",

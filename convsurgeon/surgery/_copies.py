@@ -2,49 +2,85 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from typing import Any
+import random
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from convsurgeon.errors import SurveyError, one_line
 
+T = TypeVar("T")
 ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
 
 
 def shadow(model: nn.Module) -> nn.Module:
-    """Return a copy that shares the parameters and owns its buffers, in eval mode.
+    """Return a copy to trace, hook and run, in eval mode.
 
-    Cheap in memory, and safe to trace, hook and run without gradients.
+    It shares no weights: some networks write to theirs in forward (max-norm constraints do), and
+    lazy layers make them there.
 
     Raises:
         SurveyError: if the model cannot be copied.
     """
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    return copy_module(model, memo).eval()
+    return copy_module(model).eval()
 
 
 def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Return `copy.deepcopy(model, memo)`, with one clear line where that fails.
 
+    Results of computations that hang on a module, such as a pruned weight, are copied without their history.
+
     Raises:
         SurveyError: if the model cannot be copied.
     """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in (*vars(module).values(), *module.buffers(recurse=False)):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo.setdefault(id(value), value.detach().clone())
+    return copy_value(model, memo, owner=type(model).__name__)
+
+
+def copy_value(value: T, memo: dict[int, Any], *, owner: str) -> T:
+    """Return `copy.deepcopy(value, memo)`, with one clear line where that fails.
+
+    Raises:
+        SurveyError: if it cannot be copied.
+    """
     try:
-        return copy.deepcopy(model, {} if memo is None else memo)
+        return copy.deepcopy(value, memo)
     except Exception as error:
         raise SurveyError(
-            f"{type(model).__name__} cannot be copied ({one_line(error)}); "
+            f"{owner} cannot be copied ({one_line(error)}); "
             "a student is a copy, so give the model a __deepcopy__ or remove what cannot be copied"
         ) from error
 
 
 def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
-    """Run a model on a tensor, a tuple of positional arguments or a dict of keyword arguments."""
-    with torch.no_grad():
-        if isinstance(example_inputs, tuple):
-            return model(*example_inputs)
-        if isinstance(example_inputs, dict):
-            return model(**example_inputs)
-        return model(example_inputs)
+    """Run a model on a copy of a tensor, a tuple of positional arguments or a dict of keyword arguments."""
+    inputs = pytree.tree_map_only(Tensor, torch.clone, example_inputs)
+    with torch.no_grad(), untouched_random_state():
+        if isinstance(inputs, tuple):
+            return model(*inputs)
+        if isinstance(inputs, dict):
+            return model(**inputs)
+        return model(inputs)
+
+
+@contextlib.contextmanager
+def untouched_random_state() -> Iterator[None]:
+    """Put the global random states of torch, numpy and Python back: a forward may draw from them."""
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=list(cuda)):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

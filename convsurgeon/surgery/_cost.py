@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,13 +53,22 @@ def cost_of(site: Site, decision: Decision, found: Survey) -> Cost:
     spec = site.spec
     if spec is None:
         return Cost(0, 0, *([0] * 3 if found.observed else []))
-    if site.op is not None or decision.op is None:
+    if site.op is not None:
+        after = _cost_as(site.op, site, site.options, observed=found.observed)
+        return replace(after, params_before=after.params_after, macs_before=after.macs_after)
+    if decision.op is None:
         macs = site.macs or 0 if found.observed else None
         return Cost(spec.params, spec.params, macs, macs, macs)
-    op = ops.get(decision.op)
-    options = op.parse_options(decision.options)
+    return _cost_as(decision.op, site, decision.options, observed=found.observed)
+
+
+def _cost_as(name: str, site: Site, values: Mapping[str, Any], *, observed: bool) -> Cost:
+    """Return what a dense convolution costs before, and as that op after."""
+    spec, op = site.spec, ops.get(name)
+    assert spec is not None
+    options = op.parse_options(values)
     params = count_params(op.build(spec, options, device="meta"))
-    if not found.observed:
+    if not observed:
         return Cost(spec.params, params)
     true = sum(op.macs(spec, *size, options) for size in site.input_sizes)
     hot = sum(op.one_hot_macs(spec, *size, options) for size in site.input_sizes)
@@ -87,15 +96,16 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> Macs:
     copy = shadow(model)
     hot = 0
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal hot
         assert isinstance(module, AbstractCheapConv)
-        batch, _, height, width = args[0].shape
+        x = args[0] if args else kwargs["x"]
+        batch, height, width = x.shape[0] if x.dim() == 4 else 1, x.shape[-2], x.shape[-1]
         hot += int(batch) * module.one_hot_macs(module.spec, int(height), int(width), module.options)
 
     for module in copy.modules():
         if isinstance(module, AbstractCheapConv):
-            module.register_forward_pre_hook(note)
+            module.register_forward_pre_hook(note, with_kwargs=True)
     with FlopCounterMode(display=False) as counter:
         call(copy, example_inputs)
     counted = counter.get_total_flops() // 2
@@ -103,13 +113,14 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> Macs:
 
 
 def example_like(model: nn.Module, shape: Sequence[int]) -> Tensor:
-    """Return a standard normal input of that shape with the model's device and dtype; no global RNG is used."""
+    """Return a standard normal input with the model's device and dtype; no global RNG is used."""
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     generator = torch.Generator().manual_seed(0)
     return torch.randn(*shape, generator=generator).to(device=first.device, dtype=first.dtype)
 
 
 def totals(the_plan: Plan, found: Survey) -> Cost:
-    """Return the cost of all 2-d convolutions of a model under a plan."""
-    pairs = zip(found.sites, the_plan.decisions, strict=True)
-    return Cost.sum([cost_of(site, decision, found) for site, decision in pairs])
+    """Return the cost of all 2-d convolutions of a model under a plan; what it does not mention is kept."""
+    decisions = {frozenset(decision.fqns): decision for decision in the_plan.decisions}
+    kept = Decision((), None, None, "", "")
+    return Cost.sum([cost_of(site, decisions.get(frozenset(site.fqns), kept), found) for site in found.sites])

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from convsurgeon.errors import one_line
 from convsurgeon.ops import AbstractCheapConv
+from convsurgeon.surgery._copies import untouched_random_state
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -49,7 +50,8 @@ def trace(module: nn.Module) -> fx.Graph:
     """Trace a module with its optional arguments at their defaults; whatever fails is raised."""
     parameters = inspect.signature(module.forward).parameters.values()
     optional = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    return SiteTracer().trace(module, concrete_args=optional or None)
+    with untouched_random_state():
+        return SiteTracer().trace(module, concrete_args=optional or None)
 
 
 def read_graphs(model: nn.Module) -> GraphFacts:
@@ -68,8 +70,9 @@ def read_graphs(model: nn.Module) -> GraphFacts:
         counts = Counter(names.values())
         for node in calls:
             if not isinstance(module.get_submodule(node.target), nn.Linear):
-                facts = _facts(node, module, prefix=fqn)
-                result.facts.setdefault(names[node], {**facts, "calls": counts[names[node]]})
+                # how often a region itself is called, only the graph of the root tells
+                calls_of_it = {"calls": counts[names[node]]} if fqn == "" else {}
+                result.facts.setdefault(names[node], {**_facts(node, module, prefix=fqn), **calls_of_it})
         if fqn == "":
             result.order = list(names.values())
     return result
@@ -100,9 +103,15 @@ def _facts(node: fx.Node, region: nn.Module, *, prefix: str) -> dict[str, Any]:
         last, follower = follower, _only_user(follower)
     if follower is not None:
         facts["activation"] = _activation(follower, region)
-    facts["residual"] = any(user.target in _ADDITIONS for user in last.users)
+    facts["residual"] = any(_adds(user) for user in last.users)
     facts["feeds_head"] = _feeds_head(last, region)
     return facts
+
+
+def _adds(node: fx.Node) -> bool:
+    """Whether a node adds two tensors; a submodule may be called `add` too."""
+    called = node.op in ("call_function", "call_method")
+    return called and node.target in _ADDITIONS and len(node.all_input_nodes) > 1
 
 
 def _feeds_head(node: fx.Node, region: nn.Module) -> bool:

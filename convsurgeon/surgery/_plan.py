@@ -16,7 +16,7 @@ from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import ConvSpec
 from convsurgeon.surgery._copies import ExampleInputs
 from convsurgeon.surgery._selectors import FilterFn, Selectors
-from convsurgeon.surgery._sites import Site
+from convsurgeon.surgery._sites import SUBCLASS, Site
 from convsurgeon.surgery._survey import Survey, survey
 
 _FORMAT, _VERSION = "convsurgeon-plan", 1
@@ -173,10 +173,9 @@ def plan(
 def _decide(site: Site, selectors: Selectors) -> Decision:
     if reason := selectors.kept_by(site):
         return _keep(site, "kept by selector", reason)
-    if site.op is not None:
-        return _keep(site, "converted already", f"it is a cheap convolution already: {site.op}")
-    if site.obstacle is not None or site.spec is None:
-        return _keep(site, "not standard", site.obstacle or "it is no 2-d convolution")
+    if fixed := _impossible(site):
+        return _keep(site, *fixed)
+    assert site.spec is not None
     mapped = selectors.mapped_to(site)
     if mapped is None and (kept := _default_keep(site)):
         return _keep(site, *kept)
@@ -193,8 +192,24 @@ def _decide(site: Site, selectors: Selectors) -> Decision:
     )
 
 
+def default_keep(site: Site) -> str | None:
+    """Return why a convolution is kept whatever the op, unless it is mapped, or None."""
+    kept = _impossible(site) or _default_keep(site)
+    return kept[1] if kept else None
+
+
+def _impossible(site: Site) -> tuple[str, str] | None:
+    if site.op is not None:
+        return "converted already", f"it is a cheap convolution already: {site.op}"
+    if site.obstacle is not None or site.spec is None:
+        return "not standard", site.obstacle or "it is no 2-d convolution"
+    return None
+
+
 def _default_keep(site: Site) -> tuple[str, str] | None:
     assert site.spec is not None
+    if site.type != nn.Conv2d.__name__:
+        return "not standard", f"{site.type} {SUBCLASS}"
     if site.spec.is_depthwise:
         return "depthwise", "it is cheap already: depthwise"
     if site.spec.groups > 1:
@@ -244,9 +259,22 @@ def _decision(item: Mapping[str, Any]) -> Decision:
         raise ValueError(f"op must be a name or null, got {item['op']!r}")
     return Decision(
         fqns=tuple(fqns),
-        spec=ConvSpec.from_dict(item["spec"]) if item["spec"] is not None else None,
+        spec=_spec(item["spec"]) if item["spec"] is not None else None,
         op=item["op"],
         label=str(item["label"]),
         reason=str(item["reason"]),
         options=dict(item["options"]),
     )
+
+
+def _spec(data: Mapping[str, Any]) -> ConvSpec:
+    spec = ConvSpec.from_dict(data)
+    pairs = {name: getattr(spec, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+    for name, pair in pairs.items():
+        named = name == "padding" and isinstance(pair, str)
+        if not named and (not isinstance(pair, tuple) or [type(size) for size in pair] != [int, int]):
+            raise ValueError(f"{name} must be two whole numbers, got {pair!r}")
+    for name in ("in_channels", "out_channels", "groups"):
+        if type(getattr(spec, name)) is not int:
+            raise ValueError(f"{name} must be a whole number, got {getattr(spec, name)!r}")
+    return spec

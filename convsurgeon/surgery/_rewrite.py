@@ -7,7 +7,6 @@ dict or attribute that held the convolution, and no dense weight that goes is ev
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,11 +18,11 @@ from convsurgeon.errors import PlanError, UnsupportedConvError
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.record import read_record, update_record
 from convsurgeon.spec import ConvSpec
-from convsurgeon.surgery._copies import ExampleInputs, copy_module
+from convsurgeon.surgery._copies import ExampleInputs, copy_module, copy_value
 from convsurgeon.surgery._guard import check_outputs
 from convsurgeon.surgery._plan import Decision, Plan, plan
 from convsurgeon.surgery._selectors import FilterFn
-from convsurgeon.surgery._sites import walk
+from convsurgeon.surgery._sites import describe, shared_weights, walk
 
 __all__ = ["check_outputs", "plan_of", "rebuild", "rewrite"]
 
@@ -35,6 +34,7 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_is_full_backward_hook",
 )
 
 
@@ -126,6 +126,7 @@ def _carry_out(model: nn.Module, the_plan: Plan, *, initialize: bool) -> nn.Modu
 
 def _find_donors(model: nn.Module, the_plan: Plan) -> list[tuple[Decision, nn.Conv2d]]:
     modules = {fqns: module for module, fqns in walk(model)}
+    tied = shared_weights(model)
     by_name = {fqn: fqns for fqns in modules for fqn in fqns}
     donors = []
     for decision in the_plan.decisions:
@@ -142,6 +143,8 @@ def _find_donors(model: nn.Module, the_plan: Plan) -> list[tuple[Decision, nn.Co
             raise PlanError(
                 f"{decision.fqn} is a {type(module).__name__}; only a Conv2d can become {decision.op}"
             )
+        if obstacle := describe(module, fqns, tied).obstacle:
+            raise PlanError(f"{decision.fqn} cannot become {decision.op}: {obstacle}")
         if ConvSpec.from_conv(module) != decision.spec:
             raise PlanError(
                 f"{decision.fqn} is {ConvSpec.from_conv(module)} here and {decision.spec} in the plan; "
@@ -154,16 +157,22 @@ def _find_donors(model: nn.Module, the_plan: Plan) -> list[tuple[Decision, nn.Co
 def _take_over(donor: nn.Conv2d, op: AbstractCheapConv, memo: dict[int, Any]) -> None:
     """Give an op the hooks of the convolution it replaces, and what else the user hung on it."""
     for name in _HOOKS:
-        op.__dict__[name] = copy.deepcopy(donor.__dict__[name], memo)
+        op.__dict__[name] = copy_value(donor.__dict__[name], memo, owner="a hook")
     standard = nn.Conv2d(1, 1, 1, device="meta").__dict__
     for name, value in donor.__dict__.items():
         if name not in standard and name not in op.__dict__:
-            op.__dict__[name] = copy.deepcopy(value, memo)
+            op.__dict__[name] = copy_value(value, memo, owner=name)
+    op._non_persistent_buffers_set |= donor._non_persistent_buffers_set
+    for kind in ("_parameters", "_buffers", "_modules"):
+        for name, value in donor.__dict__[kind].items():
+            if name not in ("weight", "bias"):
+                op.__dict__[kind][name] = copy_value(value, memo, owner=name)
 
 
 def _merged(before: Plan | None, after: Plan) -> Plan:
     """Return one plan that makes a twice rewritten student from the original model."""
     if before is None:
         return after
-    earlier = {decision.fqns: decision for decision in before.converted}
-    return replace(after, decisions=tuple(earlier.get(d.fqns, d) for d in after.decisions))
+    earlier = {frozenset(decision.fqns): decision for decision in before.converted}
+    decisions = [earlier.pop(frozenset(decision.fqns), decision) for decision in after.decisions]
+    return replace(after, decisions=(*decisions, *earlier.values()))

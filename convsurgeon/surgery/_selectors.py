@@ -81,7 +81,7 @@ def _first_match(site: Site, patterns: tuple[str, ...]) -> str | None:
 
 
 def _address(options: Any, used: list[str]) -> dict[str, Any]:
-    """Give every op its own checked options: `groups=8` where one op is used, `group.groups=8` among several."""
+    """Give every op its own checked options: `groups=8` for a single op, `group.groups=8` for several."""
     classes = {name: ops.get(name) for name in used}
     if options is not None and not isinstance(options, Mapping):
         owners = [name for name, op in classes.items() if isinstance(options, op.Options)]
@@ -93,7 +93,8 @@ def _address(options: Any, used: list[str]) -> dict[str, Any]:
         owner, _, option = key.rpartition(".")
         if not owner and len(used) > 1:
             raise OptionError(
-                f"option {key!r} is ambiguous among {', '.join(used)}; say which op it is for: {used[0]}.{key}"
+                f"option {key!r} is ambiguous among {', '.join(used)}; "
+                f"say which op it is for: {used[0]}.{key}"
             )
         if owner and owner not in addressed:
             raise OptionError(f"option {key!r} is for op {owner!r}, which is not in use: {', '.join(used)}")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from convsurgeon import ops
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import ConvSpec, Pair
+
+SUBCLASS = "is a subclass of Conv2d whose semantics are not known"
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Site:
         type: its class, with the module's path where it is not torch's own.
         spec: its geometry, or None for what is no 2-d convolution.
         op: the name of the op, where the site is converted already.
+        options: the op's options, where the site is converted already.
         obstacle: why it cannot be converted whatever the op, or None.
         routes: how it was found, of `module`, `fx`, `observed`.
         calls: how often one forward pass calls it, or None where nothing was run or traced.
@@ -37,6 +42,7 @@ class Site:
     type: str
     spec: ConvSpec | None
     op: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     obstacle: str | None = None
     routes: tuple[str, ...] = ("module",)
     calls: int | None = None
@@ -54,9 +60,12 @@ class Site:
 
     @property
     def macs(self) -> int | None:
-        """Multiply-adds of the dense convolution over all calls, for one image, or None."""
+        """Multiply-adds of the convolution, or of the op it is, over all calls, for one image, or None."""
         if self.spec is None or not self.input_sizes:
             return None
+        if self.op is not None:
+            op = ops.get(self.op)
+            return sum(op.macs(self.spec, *size, self.options) for size in self.input_sizes)
         return sum(self.spec.macs(*size) for size in self.input_sizes)
 
 
@@ -81,7 +90,7 @@ def walk(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
 def describe(module: nn.Module, fqns: tuple[str, ...], tied: dict[int, str]) -> Site:
     """Return the site of one convolution as far as the module itself tells it."""
     if isinstance(module, AbstractCheapConv):
-        return Site(fqns, type(module).__name__, module.spec, op=module.name)
+        return Site(fqns, type(module).__name__, module.spec, op=module.name, options=dict(module.options))
     known = isinstance(module, nn.Conv2d) and not is_lazy(module.weight)
     spec = ConvSpec.from_conv(module) if known else None  # type: ignore[arg-type]
     return Site(fqns, _type_name(module), spec, obstacle=_obstacle(module, tied))
@@ -101,10 +110,14 @@ def _obstacle(module: nn.Module, tied: dict[int, str]) -> str | None:
         return f"{_type_name(module)} is no 2-d convolution"
     if is_lazy(module.weight):
         return "it is lazy and has no weights yet; run the model once first"
-    if type(module) is not nn.Conv2d:
-        return f"{_type_name(module)} is a subclass of Conv2d whose semantics are not known"
-    if "weight" not in module._parameters:
-        return "its weight is computed by a hook (pruning, weight norm); make it permanent first"
+    for name in ("weight", "bias"):
+        if name not in module._parameters:
+            return f"its {name} is computed when it runs (pruning, weight norm); make it permanent first"
+    for name in ("forward", "_conv_forward"):
+        if getattr(type(module), name) is not getattr(nn.Conv2d, name):
+            return f"{_type_name(module)} {SUBCLASS}"
+        if name in vars(module):
+            return f"its {name} was replaced, so its semantics are not known"
     if module.weight.is_complex():
         return f"its weight is complex ({module.weight.dtype})"
     for name in ("weight", "bias"):

@@ -17,6 +17,7 @@ from convsurgeon.surgery._graph import GraphFacts, read_graphs
 from convsurgeon.surgery._sites import Site, describe, shared_weights, walk
 
 _STEM_CHANNELS = 4
+_TWO_DIMENSIONAL = (nn.Conv2d, AbstractCheapConv)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Survey:
 
     @property
     def macs(self) -> int | None:
-        """Multiply-adds of all 2-d convolutions for one image, or None without a run."""
+        """Multiply-adds of all 2-d convolutions and ops for one image, or None without a run."""
         return sum(site.macs or 0 for site in self.sites) if self.observed else None
 
 
@@ -58,7 +59,7 @@ def survey(model: nn.Module, *, example_inputs: ExampleInputs | None = None) -> 
     found = [(module, describe(module, fqns, tied)) for module, fqns in walk(model)]
     graphs = read_graphs(shadow(model)) if found else GraphFacts()
     run = _observe(shadow(model), example_inputs) if example_inputs is not None else None
-    order = run.order if run is not None else graphs.order
+    order = run.order if run is not None and run.order else graphs.order
     first = order[0] if order else _first_in_module_order(model)
     sites = tuple(_complete(site, graphs, run, first) for _, site in found)
     return Survey(type(model).__name__, sites, tuple(graphs.untraced), observed=run is not None)
@@ -78,7 +79,7 @@ def _observe(model: nn.Module, example_inputs: ExampleInputs) -> _Run:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             order.append(fqn)
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
-            if isinstance(x, Tensor) and x.dim() >= 3:
+            if isinstance(module, _TWO_DIMENSIONAL) and isinstance(x, Tensor) and x.dim() >= 3:
                 sizes[fqn] = (*sizes.get(fqn, ()), (int(x.shape[-2]), int(x.shape[-1])))
 
         return hook
@@ -107,10 +108,9 @@ def _complete(site: Site, graphs: GraphFacts, run: _Run | None, first: str | Non
             facts = dict(graphs.facts[fqn])
             break
     if run is not None:
-        seen = [fqn for fqn in site.fqns if fqn in run.sizes]
-        facts["calls"] = sum(len(run.sizes[fqn]) for fqn in seen)
-        facts["input_sizes"] = tuple(size for fqn in seen for size in run.sizes[fqn])
-        routes += ["observed"] if seen else []
+        facts["calls"] = sum(run.order.count(fqn) for fqn in site.fqns)
+        facts["input_sizes"] = tuple(size for fqn in site.fqns for size in run.sizes.get(fqn, ()))
+        routes += ["observed"] if facts["calls"] else []
     narrow = site.spec is not None and site.spec.in_channels <= _STEM_CHANNELS
     return replace(site, routes=tuple(routes), stem=narrow and first in site.fqns, **facts)
 
@@ -118,7 +118,7 @@ def _complete(site: Site, graphs: GraphFacts, run: _Run | None, first: str | Non
 def _first_in_module_order(model: nn.Module) -> str | None:
     for fqn, module in model.named_modules():
         if isinstance(module, (_ConvNd, nn.Linear, AbstractCheapConv)):
-            return fqn
+            return str(fqn)
     return None
 
 

@@ -30,7 +30,7 @@ from convsurgeon.surgery import count_macs, count_params
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "paper"))
 from resnet import resnet20
 
-TEACHER_EPOCHS, STUDENT_EPOCHS = 14, 4
+TEACHER_EPOCHS, STUDENT_EPOCHS = 14, 3
 IMAGE = torch.zeros(1, 1, 28, 28)
 HERE = Path(__file__).parent
 

@@ -18,8 +18,8 @@ class Lesson(NamedTuple):
     """What one step yields: the loss to minimise, and the logits to keep score with."""
 
     loss: Tensor
-    student_BK: Tensor
-    teacher_BK: Tensor | None
+    student_BK: Tensor  # noqa: N815
+    teacher_BK: Tensor | None  # noqa: N815
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ class AbstractMethod(nn.Module, ABC):
     class Options:
         """No options. A subclass may put a frozen dataclass with defaults in this place."""
 
-    def __init__(self, teacher: nn.Module | None, student: nn.Module, *, setting: Setting, options: Any) -> None:
+    def __init__(
+        self, teacher: nn.Module | None, student: nn.Module, *, setting: Setting, options: Any
+    ) -> None:
         super().__init__()
         self.teacher = teacher
         self.student = student
@@ -78,7 +80,7 @@ class AbstractMethod(nn.Module, ABC):
         return {"student": self.student}
 
     def learning_rates(self) -> list[tuple[nn.Module, float]]:
-        """Return what is trained, each with its share of the learning rate. A hook; the student by default."""
+        """Return what is trained, each with its share of the rate. A hook; the student by default."""
         return [(self.student, 1.0)]
 
     def parameter_groups(self, *, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -86,8 +88,8 @@ class AbstractMethod(nn.Module, ABC):
         groups = []
         for module, share in self.learning_rates():
             trained = [p for p in module.parameters() if p.requires_grad]
-            for members, decay in ((_of_rank(trained, many=True), weight_decay), (_of_rank(trained, many=False), 0.0)):
-                if members:
+            for many, decay in ((True, weight_decay), (False, 0.0)):
+                if members := _of_rank(trained, many=many):
                     groups.append({"params": members, "lr": learning_rate * share, "weight_decay": decay})
         return groups
 

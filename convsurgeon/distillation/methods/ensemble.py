@@ -92,6 +92,6 @@ class Ensemble(AbstractMethod):
 @torch.no_grad()
 def _disturb(peer: nn.Module, noise: float, generator: torch.Generator) -> None:
     for parameter in peer.parameters():
-        if parameter.dim() > 1:
+        if parameter.dim() > 1 and parameter.requires_grad:
             random = torch.randn(parameter.shape, generator=generator).to(parameter)
-            parameter.add_(random * parameter.std() * noise)
+            parameter.add_(random * parameter.std(correction=0) * noise)

@@ -50,5 +50,6 @@ class Frozen(AbstractMethod):
         with torch.no_grad():
             teacher = logits_of(self.teacher(images))
         student = logits_of(self.student(images))
-        loss = functional.cross_entropy(student, labels) + self.options.weight * self.objective(student, teacher)
+        loss = functional.cross_entropy(student, labels)
+        loss = loss + self.options.weight * self.objective(student, teacher)
         return Lesson(loss, student, teacher)

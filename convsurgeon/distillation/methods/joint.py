@@ -19,7 +19,7 @@ _EQUAL = (1.0, 1.0)
 @final
 @register
 class Joint(AbstractMethod):
-    """``CE(s) + weight · objective(s, t)`` for the student, ``CE(t) + mutual · objective(t, s)`` for the teacher.
+    """Student: ``CE(s) + weight · objective(s, t)``, teacher: ``CE(t) + mutual · objective(t, s)``.
 
     Each network takes the other's logits as given. An untrained teacher learns as an equal: at the same
     rate and with `mutual` 1. A trained one is led gently, since at a full rate it would first unlearn:
@@ -38,7 +38,7 @@ class Joint(AbstractMethod):
 
     @dataclass(frozen=True)
     class Options:
-        """Weights of the terms, and the teacher's share of the learning rate; None is decided by the teacher."""
+        """Weights of the terms, and the teacher's share of the rate; None is decided by the teacher."""
 
         weight: float = 1.0
         mutual: float | None = None

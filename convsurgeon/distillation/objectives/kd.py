@@ -44,7 +44,8 @@ class SoftTargets(AbstractObjective):
         temperature = self.options.temperature
         log_student = functional.log_softmax(student_BK.float() / temperature, dim=1)
         log_teacher = functional.log_softmax(teacher_BK.float() / temperature, dim=1)
-        divergence = functional.kl_div(
+        divergence: Tensor = functional.kl_div(
             log_student, log_teacher, reduction=self.options.reduction, log_target=True
         )
-        return divergence * temperature**2
+        loss: Tensor = divergence * temperature**2
+        return loss

@@ -1,0 +1,72 @@
+"""The program: its verbs, and what becomes of an error."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import sys
+
+import typer
+
+from convsurgeon.errors import ConvSurgeonError
+
+_INTERRUPTED = 130
+
+
+def build() -> typer.Typer:
+    """Return the program with one command for every file of this folder."""
+    app = typer.Typer(
+        name="convsurgeon",
+        help="Swap the convolutions of a trained CNN for cheap ones, distil, and export proven ONNX.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    app.callback()(_program)
+    for module in pkgutil.iter_modules([os.path.dirname(__file__)]):
+        if not module.name.startswith("_"):
+            verb = importlib.import_module(f"convsurgeon.cli.{module.name}")
+            app.command(module.name)(verb.run)
+    return app
+
+
+def main() -> None:
+    """Run the program: exit status 0 when done, 2 for the user's error, 130 after Ctrl-C, 1 for a bug."""
+    # so that mynet:Net, and a pickle of mynet.Net, are found where the user works
+    sys.path.insert(0, os.getcwd())
+    try:
+        status = build()(standalone_mode=False)
+    except ConvSurgeonError as error:
+        _fail(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        _fail(str(error) or "stopped")
+        sys.exit(_INTERRUPTED)
+    except Exception as error:
+        # a mistake in the arguments; typer and click, whichever raised it, can say it in a line
+        say = getattr(error, "format_message", None)
+        if say is None:
+            if type(error).__name__ == "Abort":
+                sys.exit(_INTERRUPTED)
+            raise
+        message = " ".join(str(say()).split())
+        if message:
+            _fail(message)
+        sys.exit(getattr(error, "exit_code", 2))
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _program(
+    version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True),
+) -> None:
+    if version:
+        from convsurgeon import __version__
+
+        typer.echo(f"convsurgeon {__version__}")
+        raise typer.Exit
+
+
+def _fail(message: str) -> None:
+    print("error:", " ".join(message.splitlines()), file=sys.stderr)

@@ -1,0 +1,177 @@
+"""What verbs do with their shared arguments: load, select, shape, preprocess."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convsurgeon.cli._drawing import say
+from convsurgeon.errors import ConvSurgeonError, DataError, OptionError, PlanError
+from convsurgeon.options import parse_pairs
+from convsurgeon.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from convsurgeon.data import DataSplits
+    from convsurgeon.preprocessing import Preprocessing
+    from convsurgeon.surgery import Plan
+
+
+def load_model(
+    source: str,
+    *,
+    weights: str | None = None,
+    model_arg: list[str] | None = None,
+    trust: bool = False,
+    trust_module: list[str] | None = None,
+) -> nn.Module:
+    """Load a model; what it has to say goes to stderr in one line."""
+    from convsurgeon.storage import load, parse_model_args
+
+    def speak(event: Progress) -> None:
+        if event.message:
+            say(f"note: {event.message}")
+
+    return load(
+        source,
+        weights=weights,
+        model_args=parse_model_args(model_arg or []),
+        trust=trust,
+        trust_modules=trust_module or [],
+        report=speak,
+    )
+
+
+def trusted(source: str, trust_module: list[str] | None) -> list[str]:
+    """Return the modules whose classes a further file may use: those said, and one typed as `module:factory`."""
+    module, colon, _ = source.partition(":")
+    typed = [module] if colon and module not in ("torchvision", "timm") and not Path(source).exists() else []
+    return [*(trust_module or []), *typed]
+
+
+def selectors(
+    keep: list[str] | None, only: list[str] | None, mapping: list[str] | None, option: list[str] | None
+) -> dict[str, Any]:
+    """Return the keyword arguments of `plan` that the flags stand for."""
+    return {
+        "keep": keep or (),
+        "only": only or (),
+        "mapping": parse_pairs(mapping or [], flag="--map"),
+        "options": parse_pairs(option or [], flag="--option") or None,
+    }
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan file.
+
+    Raises:
+        PlanError: naming the file.
+    """
+    from convsurgeon.surgery import Plan
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"cannot read the plan {path}: {error}") from error
+    try:
+        return Plan.from_json(text)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Read `1,3,224,224`.
+
+    Raises:
+        OptionError: for anything else than positive whole numbers.
+    """
+    try:
+        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError as error:
+        raise OptionError(f"--input-shape must be like 1,3,224,224, got {text!r}") from error
+    if len(shape) < 2 or min(shape) < 1:
+        raise OptionError(f"--input-shape must be like 1,3,224,224, got {text!r}")
+    return shape
+
+
+def example_for(model: nn.Module, input_shape: str | None) -> Tensor | None:
+    """Return an input of batch 1: of the shape asked for, else of the one the model's source knows, else None."""
+    from convsurgeon.record import read_record
+    from convsurgeon.surgery import example_like
+
+    shape = parse_shape(input_shape) if input_shape else read_record(model).get("input_shape")
+    return None if shape is None else example_like(model, [1, *shape[1:]])
+
+
+def need_example(model: nn.Module, input_shape: str | None) -> Tensor:
+    """Return an input of batch 1.
+
+    Raises:
+        OptionError: if its shape is neither given nor known.
+    """
+    example = example_for(model, input_shape)
+    if example is None:
+        raise OptionError("the input's shape is not known for this model; say it: --input-shape 1,3,224,224")
+    return example
+
+
+def load_splits(
+    name: str | None,
+    base: Preprocessing | None,
+    *,
+    root: Path | None,
+    size: str | None,
+    mean: str | None,
+    std: str | None,
+    color: str | None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+) -> DataSplits:
+    """Load a data set, preprocessed as the model's source says and the flags change, and say how.
+
+    Raises:
+        DataError: if no data were named, or they are missing.
+    """
+    from convsurgeon.data import default_preprocessing, load_data, names
+    from convsurgeon.preprocessing import IMAGENET, parse_preprocessing
+
+    if name is None:
+        raise DataError(
+            f"which data? Say --data with one of {', '.join(names())}, imagefolder:DIR or package.module:factory"
+        )
+    start = base or default_preprocessing(name) or IMAGENET
+    wanted = parse_preprocessing(start, size=size, mean=mean, std=std, color=color)
+    splits = load_data(name, root=root, preprocessing=wanted, val_fraction=val_fraction, seed=seed)
+    if splits.preprocessing is not None:
+        say(f"preprocessing: {splits.preprocessing}")
+    return splits
+
+
+def set_threads(threads: int | None) -> None:
+    """Set torch's processor threads."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def need_no(condition: bool, message: str) -> None:
+    """Raise an `OptionError` with that message if the condition holds."""
+    if condition:
+        raise OptionError(message)
+
+
+__all__ = [
+    "ConvSurgeonError",
+    "example_for",
+    "load_model",
+    "load_splits",
+    "need_example",
+    "need_no",
+    "parse_shape",
+    "read_plan",
+    "selectors",
+    "set_threads",
+    "trusted",
+]

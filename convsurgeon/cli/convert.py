@@ -1,0 +1,119 @@
+"""`convsurgeon convert`: swap the convolutions of a model for a cheap one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from convsurgeon.cli import _arguments as arguments
+from convsurgeon.cli._drawing import big, console, emit, fewer, say
+from convsurgeon.errors import OptionError
+
+if TYPE_CHECKING:
+    from convsurgeon.surgery import Plan, Survey
+
+
+def run(
+    model: arguments.Model,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="OP", help="What convolutions become; see `convsurgeon ops`.")
+    ] = None,
+    keep: arguments.Keep = None,
+    only: arguments.Only = None,
+    mapping: arguments.Map = None,
+    option: arguments.Option = None,
+    plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Carry out this plan instead.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="Where the student goes.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")] = False,
+    input_shape: arguments.InputShape = None,
+    weights: arguments.Weights = None,
+    model_arg: arguments.ModelArg = None,
+    trust: arguments.Trust = False,
+    trust_module: arguments.TrustModule = None,
+    force: arguments.Force = False,
+    json: arguments.Json = False,
+) -> None:
+    """Replace standard convolutions by cheap ones, started from the dense weights, and write the student."""
+    from convsurgeon.cli._models import example_for, load_model, read_plan, selectors
+    from convsurgeon.files import refuse_to_overwrite, write_text
+    from convsurgeon.storage import default_output, save
+    from convsurgeon.surgery import plan as make_plan
+    from convsurgeon.surgery import rewrite, survey
+
+    if plan is not None and any((to, keep, only, mapping, option)):
+        raise OptionError("--plan is carried out as it is; leave out --to, --keep, --only, --map and --option")
+    ready = read_plan(plan) if plan is not None else None
+    network = load_model(model, weights=weights, model_arg=model_arg, trust=trust, trust_module=trust_module)
+    example = example_for(network, input_shape)
+    if example is None:
+        say("note: no input shape is known, so there are no sizes, no MACs and no check of the output's shape; "
+            "say --input-shape 1,3,224,224 for them")
+    found = survey(network, example_inputs=example)
+    the_plan = ready or make_plan(found, to or "depthwise", **selectors(keep, only, mapping, option))
+    target = output or default_output(network, model, the_plan.tag)
+    plan_file = target.with_suffix(".plan.json")
+    if not dry_run:
+        refuse_to_overwrite(target, force=force)
+        refuse_to_overwrite(plan_file, force=force)
+    student = rewrite(network, the_plan, example_inputs=example)
+    written = {}
+    if not dry_run:
+        save(student, target, force=force)
+        write_text(plan_file, the_plan.to_json())
+        written = {"student": str(target), "plan_file": str(plan_file)}
+    costs = _costs(network, student, the_plan, found)
+    if json:
+        emit({"model": found.model, "plan": the_plan.to_dict(), **costs, **written})
+        return
+    _draw(the_plan, found, costs)
+    for what, path in written.items():
+        console().print(f"{what.replace('_', ' ')}: {path}", markup=False)
+
+
+def _costs(network: Any, student: Any, the_plan: Plan, found: Survey) -> dict[str, Any]:
+    from convsurgeon.surgery import cost_of, count_params, totals
+
+    pairs = zip(found.sites, the_plan.decisions, strict=True) if len(found.sites) == len(the_plan.decisions) else ()
+    return {
+        "params": {"before": count_params(network), "after": count_params(student)},
+        "convolutions": asdict(totals(the_plan, found)),
+        "sites": {decision.fqn: asdict(cost_of(site, decision, found)) for site, decision in pairs},
+    }
+
+
+def _draw(the_plan: Plan, found: Survey, costs: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{found.model}: {len(the_plan.converted)} converted, {len(the_plan.kept)} kept")
+    table.add_column("name", overflow="fold")
+    table.add_column("geometry")
+    table.add_column("becomes")
+    table.add_column("parameters", justify="right")
+    if found.observed:
+        table.add_column("MACs", justify="right")
+    table.add_column("because")
+    for decision in the_plan.decisions:
+        cost = costs["sites"].get(decision.fqn)
+        figures = []
+        if cost is not None:
+            figures.append(_change(cost["params_before"], cost["params_after"]))
+            figures += [_change(cost["macs_before"], cost["macs_after"])] if found.observed else []
+        becomes = decision.op or "kept"
+        geometry = str(decision.spec) if decision.spec else "–"
+        table.add_row("\n= ".join(decision.fqns), geometry, becomes, *figures, decision.reason)
+    console().print(table)
+    params, convolutions = costs["params"], costs["convolutions"]
+    line = f"parameters {_change(params['before'], params['after'])} ({fewer(params['before'], params['after'])} fewer)"
+    if convolutions["macs_before"] is not None:
+        macs = convolutions["macs_before"], convolutions["macs_after"]
+        line += f"; MACs of convolutions {_change(*macs)} ({fewer(*macs)} fewer)"
+        if convolutions["counted_macs_after"] != convolutions["macs_after"]:
+            line += f", {big(convolutions['counted_macs_after'])} with the one-hot taps that a counter sees"
+    console().print(line)
+
+
+def _change(before: int, after: int) -> str:
+    return big(before) if before == after else f"{big(before)} → {big(after)}"

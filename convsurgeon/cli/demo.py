@@ -1,0 +1,35 @@
+"""`convsurgeon demo`: the whole pipeline on scikit-learn's digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convsurgeon.cli import _arguments as arguments
+from convsurgeon.cli._drawing import Drawing, console, draw_comparison, emit
+
+
+def run(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where everything is written.")] = Path(
+        "convsurgeon-demo"
+    ),
+    to: arguments.To = "shift",
+    seed: Annotated[int, typer.Option()] = 0,
+    threads: arguments.Threads = None,
+    json: arguments.Json = False,
+) -> None:
+    """Train a small residual CNN on digits, convert, distil, export, and compare: a few minutes, no download."""
+    from convsurgeon.cli._models import set_threads
+    from convsurgeon.demo import run_demo
+
+    set_threads(threads)
+    with Drawing() as drawing:
+        result = run_demo(output, to=to, seed=seed, report=drawing)
+    if json:
+        emit(result.to_dict())
+        return
+    console().print(draw_comparison(result.comparison, ended=result.teacher_ended))
+    for path in result.paths:
+        console().print(f"wrote {path}", markup=False)

@@ -1,0 +1,238 @@
+"""`convsurgeon distill`: convert if need be, train beside the teacher, and deliver."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from convsurgeon.cli import _arguments as arguments
+from convsurgeon.cli._drawing import Drawing, console, draw_comparison, emit, say
+from convsurgeon.errors import DistillationError, OptionError
+
+_COMMAND = "command.json"
+
+
+def run(
+    teacher: Annotated[str | None, typer.Argument(metavar="TEACHER", help=arguments.MODEL_HELP)] = None,
+    student: Annotated[
+        str | None, typer.Argument(metavar="[STUDENT]", help="A converted student; without, the teacher is converted.")
+    ] = None,
+    to: arguments.To = "depthwise",
+    keep: arguments.Keep = None,
+    only: arguments.Only = None,
+    mapping: arguments.Map = None,
+    option: arguments.Option = None,
+    data: arguments.Data = None,
+    data_root: arguments.DataRoot = None,
+    size: arguments.Size = None,
+    mean: arguments.Mean = None,
+    std: arguments.Std = None,
+    color: arguments.Color = None,
+    val_fraction: Annotated[float, typer.Option(help="Share of the training images held out to choose by.")] = 0.1,
+    method: Annotated[str, typer.Option(help="joint, frozen, ensemble, or another file of methods/.")] = "joint",
+    method_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Repeatable.")] = None,
+    objective: Annotated[str, typer.Option(help="kd, or another file of objectives/.")] = "kd",
+    objective_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Repeatable.")] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 5,
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 0.1,
+    weight_decay: Annotated[float, typer.Option()] = 5e-4,
+    seed: Annotated[int, typer.Option()] = 0,
+    augment: Annotated[bool, typer.Option(help="Random shifts, and mirror images where the data allow.")] = True,
+    device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="Where to train; a GPU if there is one.")] = None,
+    precision: Annotated[str, typer.Option(metavar="auto|no|bf16|fp16")] = "auto",
+    threads: arguments.Threads = None,
+    limit_batches: arguments.LimitBatches = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events too.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="RUN", help="The run folder.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder; nothing else is needed.")
+    ] = None,
+    weights: arguments.Weights = None,
+    model_arg: arguments.ModelArg = None,
+    trust: arguments.Trust = False,
+    trust_module: arguments.TrustModule = None,
+    json: arguments.Json = False,
+) -> None:
+    """Train a student beside its teacher, and end with an ONNX file, proven equal and timed."""
+    from convsurgeon.cli._models import set_threads
+    from convsurgeon.files import make_folder, write_text
+
+    said = {key: str(value) if isinstance(value, Path) else value for key, value in locals().items() if key in _SAID}
+    if resume is not None:
+        if teacher is not None:
+            raise OptionError("--resume RUN needs nothing else: the run folder knows how it was started")
+        said, folder = _read_command(resume), resume
+    else:
+        if teacher is None:
+            raise OptionError("distill needs a TEACHER, such as torchvision:resnet18, or --resume RUN")
+        folder = output or Path("runs") / f"{Path(teacher.replace(':', '-')).stem}.{to}.{method}"
+    set_threads(said["threads"])
+    prepared = _Prepared(said)
+    if resume is None:
+        if (folder / _COMMAND).exists():
+            raise DistillationError(
+                f"{folder} holds a run already; go on with it by --resume {folder}, or choose another folder with -o"
+            )
+        make_folder(folder)
+        write_text(folder / _COMMAND, json_module.dumps(said, indent=2) + "\n")
+    with Drawing() as drawing:
+        figures, table = prepared.train_and_deliver(folder, resume=resume is not None, report=drawing)
+    write_text(folder / "report.json", json_module.dumps(figures, indent=2) + "\n")
+    if json:
+        emit(figures)
+        return
+    console().print(table)
+    for name in ("student_file", "onnx_file"):
+        console().print(f"{name.replace('_', ' ')}: {figures[name]}", markup=False)
+    console().print(f"run folder: {folder}", markup=False)
+
+
+# what decides the run, and is remembered in the run folder
+_SAID = (
+    "teacher", "student", "to", "keep", "only", "mapping", "option", "data", "data_root", "size", "mean", "std",
+    "color", "val_fraction", "method", "method_option", "objective", "objective_option", "epochs", "batch_size",
+    "learning_rate", "weight_decay", "seed", "augment", "device", "precision", "threads", "limit_batches",
+    "tensorboard", "weights", "model_arg", "trust", "trust_module",
+)  # fmt: skip
+
+
+class _Prepared:
+    """Teacher, student and data of a run, loaded and checked before anything is written."""
+
+    def __init__(self, said: dict[str, Any]) -> None:
+        import torch
+
+        from convsurgeon.cli._models import load_model, load_splits, trusted
+        from convsurgeon.preprocessing import preprocessing_of
+
+        self.said = said
+        torch.manual_seed(said["seed"])  # random weights are the same when the run is resumed
+        trust = {"trust": said["trust"], "trust_module": said["trust_module"]}
+        self.teacher = load_model(said["teacher"], weights=said["weights"], model_arg=said["model_arg"], **trust)
+        self.student = self._student(trusted(said["teacher"], said["trust_module"]))
+        base = preprocessing_of(self.teacher) or preprocessing_of(self.student)
+        look = {key: said[key] for key in ("size", "mean", "std", "color", "val_fraction", "seed")}
+        root = Path(said["data_root"]) if said["data_root"] else None
+        self.splits = load_splits(said["data"], base, root=root, **look)
+        self.example = self._example()
+
+    def _student(self, admitted: list[str]) -> Any:
+        from convsurgeon.cli._models import load_model, selectors
+        from convsurgeon.surgery import rewrite
+
+        said = self.said
+        choice = selectors(said["keep"], said["only"], said["mapping"], said["option"])
+        if said["student"] is None:
+            return rewrite(self.teacher, said["to"], **choice)
+        if any(choice.values()):
+            raise OptionError("--keep, --only, --map and --option are for converting; the student is converted already")
+        return load_model(said["student"], trust=said["trust"], trust_module=admitted)
+
+    def _example(self) -> Any:
+        """Return one image of the data as a batch, having checked that both networks take it."""
+        from convsurgeon.data import ImageSet
+        from convsurgeon.evaluation import check_head, logits_of
+        from convsurgeon.surgery import check_outputs
+
+        train = self.splits.train
+        example = train[0][0][None] if isinstance(train, ImageSet) else next(iter(train))[0][:1]
+        check_outputs(self.teacher, self.student, example)
+        if self.splits.classes:
+            import torch
+
+            mode = self.teacher.training
+            with torch.no_grad():
+                width = logits_of(self.teacher.eval()(example)).shape[-1]
+            self.teacher.train(mode)
+            check_head(width, len(self.splits.classes), data=self.splits.name)
+        return example
+
+    def train_and_deliver(self, folder: Path, *, resume: bool, report: Any) -> tuple[dict[str, Any], Any]:
+        """Train, choose, test once, save, export and time; return the figures and the table of them."""
+        from convsurgeon.delivery import compare
+        from convsurgeon.distillation import Augmentation, RunFolder, distill
+        from convsurgeon.evaluation import evaluate
+        from convsurgeon.options import parse_pairs
+        from convsurgeon.record import update_record
+        from convsurgeon.storage import default_output, save
+
+        said, splits = self.said, self.splits
+        augmentation = None
+        if said["augment"]:
+            augmentation = Augmentation.usual(tuple(self.example.shape[-2:]), flip=splits.flip)
+        started = resume and (folder / "config.json").exists()
+        result = distill(
+            self.teacher,
+            self.student,
+            splits.train,
+            splits.val,
+            method=said["method"],
+            method_options=parse_pairs(said["method_option"] or [], flag="--method-option"),
+            objective=said["objective"],
+            objective_options=parse_pairs(said["objective_option"] or [], flag="--objective-option"),
+            augmentation=augmentation,
+            run_dir=folder,
+            resume=started,
+            report=report,
+            **{key: said[key] for key in (
+                "epochs", "batch_size", "learning_rate", "weight_decay", "seed", "device", "precision",
+                "limit_batches", "tensorboard",
+            )},
+        )  # fmt: skip
+        student = result.student
+        update_record(
+            student,
+            preprocessing=splits.preprocessing.to_dict() if splits.preprocessing else None,
+            classes=list(splits.classes) or None,
+            input_shape=list(self.example.shape),
+        )
+        suffix = default_output(student, said["teacher"], "student").suffix
+        file = save(student, folder / f"student{suffix}", force=True)
+        judge = splits.test if splits.test is not None else splits.val
+        if splits.test is None:
+            say(f"note: {splits.name} has no test images; accuracies are those on validation data")
+        comparison = compare(
+            self.teacher,
+            student,
+            folder,
+            example=self.example,
+            test=judge,
+            images=_images(judge if judge is not None else splits.train),
+            limit_batches=said["limit_batches"],
+            force=True,
+            report=report,
+        )
+        ended = None
+        if result.teacher is not None and judge is not None:
+            ended = evaluate(result.teacher, judge, limit_batches=said["limit_batches"], report=report).accuracy
+        figures = {
+            "run": str(folder),
+            "student_file": str(file),
+            "onnx_file": str(comparison.after.delivery.path),
+            "config": RunFolder.read_config(folder),
+            "training": dict(result.metrics),
+            "teacher_accuracy_ended": ended,
+            **comparison.to_dict(),
+        }
+        return figures, draw_comparison(comparison, ended=ended)
+
+
+def _images(part: Any) -> Any:
+    from convsurgeon.data import ImageSet, make_loader
+
+    return make_loader(part, batch_size=16, shuffle=False) if isinstance(part, ImageSet) else part
+
+
+def _read_command(folder: Path) -> dict[str, Any]:
+    try:
+        said: dict[str, Any] = json_module.loads((folder / _COMMAND).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DistillationError(f"{folder} holds no run that the command line started: no {_COMMAND}") from error
+    missing = [key for key in _SAID if key not in said]
+    if missing:
+        raise DistillationError(f"{folder / _COMMAND} is of another version: it lacks {missing[0]!r}")
+    return said

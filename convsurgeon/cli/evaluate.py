@@ -1,0 +1,81 @@
+"""`convsurgeon evaluate`: accuracy, and agreement with a teacher."""
+
+from __future__ import annotations
+
+import json as json_module
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from convsurgeon.cli import _arguments as arguments
+from convsurgeon.cli._drawing import Drawing, console, emit
+from convsurgeon.errors import DataError
+
+
+def run(
+    model: Annotated[str, typer.Argument(metavar="MODEL|FILE.onnx", help=arguments.MODEL_HELP)],
+    data: arguments.Data = None,
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL|FILE.onnx", help="Compare its answers too.")] = None,
+    split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
+    data_root: arguments.DataRoot = None,
+    size: arguments.Size = None,
+    mean: arguments.Mean = None,
+    std: arguments.Std = None,
+    color: arguments.Color = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    limit_batches: arguments.LimitBatches = None,
+    threads: arguments.Threads = None,
+    weights: arguments.Weights = None,
+    teacher_weights: Annotated[str | None, typer.Option(metavar="FILE|DEFAULT", help="Weights of the teacher.")] = None,
+    model_arg: arguments.ModelArg = None,
+    trust: arguments.Trust = False,
+    trust_module: arguments.TrustModule = None,
+    json: arguments.Json = False,
+) -> None:
+    """Measure accuracy on labelled images, and how often a model answers as its teacher does."""
+    from convsurgeon.cli._models import load_splits, set_threads, trusted
+    from convsurgeon.evaluation import evaluate
+    from convsurgeon.preprocessing import Preprocessing
+
+    set_threads(threads)
+    common: dict[str, Any] = {"model_arg": model_arg, "trust": trust}
+    admitted = trusted(teacher or "", trusted(model, trust_module))
+    network, known = _open(model, weights, admitted, **common)
+    lead = None
+    if teacher is not None:
+        lead, _ = _open(teacher, teacher_weights, admitted, **common)
+    base = Preprocessing.from_dict(known) if known else None
+    splits = load_splits(data, base, root=data_root, size=size, mean=mean, std=std, color=color)
+    images = {"train": splits.train, "val": splits.val, "test": splits.test}.get(split)
+    if images is None:
+        raise DataError(f"{splits.name} has no split {split!r}; choose test, val or train, as it has them")
+    with Drawing() as drawing:
+        found = evaluate(
+            network, images, teacher=lead, batch_size=batch_size, limit_batches=limit_batches, report=drawing
+        )
+    if json:
+        emit({"model": model, "data": splits.name, "split": split, **asdict(found)})
+        return
+    line = f"accuracy {100 * found.accuracy:.2f} % on {found.images} images of {splits.name} ({split})"
+    if found.agreement is not None:
+        line += f"; agrees with the teacher on {100 * found.agreement:.2f} %"
+    console().print(line, markup=False)
+
+
+def _open(
+    source: str, weights: str | None, admitted: list[str], *, model_arg: list[str] | None, trust: bool
+) -> tuple[Any, Any]:
+    """Return something to evaluate, and its preprocessing as plain data where it knows it."""
+    if source.endswith(".onnx"):
+        from convsurgeon.delivery import read_metadata, session
+
+        opened = session(source)
+        known = read_metadata(opened).get("preprocessing")
+        return opened, json_module.loads(known) if known else None
+    from convsurgeon.cli._models import load_model
+    from convsurgeon.record import read_record
+
+    args = None if source.endswith((".pt", ".pth", ".safetensors")) else model_arg
+    network = load_model(source, weights=weights, model_arg=args, trust=trust, trust_module=admitted)
+    return network, read_record(network).get("preprocessing")

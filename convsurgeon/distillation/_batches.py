@@ -1,0 +1,143 @@
+"""The training data as batches, checked against the networks, and the random state of every step."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from convsurgeon.data import ImageSet, make_loader
+from convsurgeon.distillation._config import Training
+from convsurgeon.errors import DataError, DistillationError, one_line
+from convsurgeon.evaluation import check_head, logits_of
+
+_NO_LENGTH = "train must have a length, so that the schedule knows its end"
+_NO_BATCH = "train has no batch; give more images or a smaller batch size"
+
+
+def as_loader(train: Any, config: Training) -> DataLoader[Any]:
+    if isinstance(train, ImageSet):
+        whole = len(train) >= config.batch_size
+        return make_loader(train, batch_size=config.batch_size, shuffle=True, drop_last=whole)
+    if isinstance(train, DataLoader):
+        return train
+    if isinstance(train, Dataset):
+        return _loader_of(train, config.batch_size)
+    raise DataError(f"train must be a DataLoader or a Dataset, got {type(train).__name__}")
+
+
+def _loader_of(train: Dataset[Any], batch_size: int) -> DataLoader[Any]:
+    try:
+        length = len(train)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise DataError(_NO_LENGTH) from error
+    if length == 0:
+        raise DataError(_NO_BATCH)
+    # a last batch of one image would fail in a batch norm
+    whole = length >= batch_size
+    return DataLoader(
+        train, batch_size=batch_size, shuffle=True, drop_last=whole, generator=torch.Generator()
+    )
+
+
+def first_batch(
+    loader: DataLoader[Any], student: nn.Module, teacher: nn.Module | None, config: Training
+) -> tuple[Tensor, int]:
+    """Return one batch of images and how many scores the student gives, checked to go together.
+
+    Raises:
+        DataError: if data and networks do not fit.
+        DistillationError: if teacher and student do not.
+    """
+    try:
+        length = len(loader)
+    except TypeError as error:
+        raise DataError(_NO_LENGTH) from error
+    if length == 0:
+        raise DataError(_NO_BATCH)
+    seed_all(config.seed, 0, -2)
+    images, labels = pair(next(iter(loader)))
+    if labels.is_floating_point() or labels.shape != images.shape[:1]:
+        raise DataError(
+            f"the training labels must be one class number for each image, not {labels.dtype} "
+            f"of shape {tuple(labels.shape)} for {len(images)} images"
+        )
+    width = _width(student, images, "student")
+    if teacher is not None and (other := _width(teacher, images, "teacher")) != width:
+        raise DistillationError(
+            f"the teacher gives {other} scores, the student {width}; both must know the same classes"
+        )
+    if isinstance(loader.dataset, ImageSet):
+        check_head(width, len(loader.dataset.classes), data="the training data")
+    else:
+        check_labels(labels, width)
+    return images.cpu(), width
+
+
+def check_labels(labels: Tensor, width: int) -> None:
+    """Raise a `DataError` that names both numbers, if a label has no score."""
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= width:
+        raise DataError(
+            f"the student gives {width} scores, the training labels run from {lowest} to {highest}; "
+            f"they must be class numbers from 0 to {width - 1}"
+        )
+
+
+def _width(network: nn.Module, images: Tensor, who: str) -> int:
+    probe = copy.deepcopy(network).cpu().eval()
+    try:
+        with torch.no_grad():
+            logits = logits_of(probe(images[:2].cpu()))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        shape = "x".join(str(size) for size in images.shape[1:])
+        raise DataError(f"the {who} cannot take the training images of {shape}: {one_line(error)}") from error
+    if logits.dim() != 2:
+        raise DataError(
+            f"the {who} answers with shape {tuple(logits.shape)}; expected a row of class scores an image"
+        )
+    return int(logits.shape[1])
+
+
+def pair(batch: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch):
+        return batch[0], batch[1]
+    raise DataError(f"a training batch must be (images, labels), got {type(batch).__name__}")
+
+
+def seed_all(seed: int, epoch: int, index: int) -> None:
+    torch.manual_seed(mix(seed, epoch, index))
+
+
+def mix(seed: int, epoch: int, index: int) -> int:
+    # distinct for up to a million steps an epoch and a thousand epochs
+    return (seed * 1_000 + epoch) * 1_000_003 + index + 2
+
+
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """Return the generators that a loader and its samplers draw from."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    owners = (
+        loader,
+        getattr(loader, "sampler", None),
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
+    )
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
+
+
+@contextlib.contextmanager
+def untouched_generators(*loaders: Any) -> Iterator[None]:
+    """Put the generators of the caller's loaders back afterwards."""
+    before = [(each, each.get_state()) for loader in loaders for each in generators_of(loader)]
+    try:
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
