@@ -46,7 +46,7 @@ def parse_pairs(items: Sequence[str], *, flag: str) -> dict[str, str]:
     pairs = {}
     for item in items:
         key, equals, value = item.partition("=")
-        if not equals or not key:
+        if not equals or not key.strip():
             raise OptionError(f"{flag} {item!r} must be of the form NAME=VALUE")
         pairs[key.strip()] = value.strip()
     return pairs

@@ -71,6 +71,41 @@ class Shared(nn.Module):
         return self.block(self.plain[0](x))
 
 
+class Tiny(nn.Module):
+    """A classifier of 8x8 grey images, with a norm and a dropout."""
+
+    def __init__(self, classes: int = 4, channels: int = 1) -> None:
+        super().__init__()
+        self.conv1 = conv(channels, 8)
+        self.norm = nn.BatchNorm2d(8)
+        self.conv2 = conv(8, 8)
+        self.pool = nn.AdaptiveAvgPool2d(4)
+        self.drop = nn.Dropout(0.1)
+        self.fc = nn.Linear(8 * 16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.conv1(x)))
+        x = torch.relu(self.conv2(x))
+        return self.fc(self.drop(self.pool(x).flatten(1)))
+
+
+def tiny(seed: int = 0, **kwargs: Any) -> Tiny:
+    """A `Tiny` from its own random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Tiny(**kwargs)
+
+
+def stripes(count: int = 64, seed: int = 0, classes: int = 4) -> tuple[Tensor, Tensor]:
+    """Images whose bright pair of columns is the label: float `(N, 1, 8, 8)` and int64 `(N,)`."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    images = 0.3 * torch.randn(count, 1, 8, 8, generator=generator)
+    for index, label in enumerate(labels.tolist()):
+        images[index, :, :, 2 * label : 2 * label + 2] += 1
+    return images, labels
+
+
 class Witness:
     """Remembers a model, the random states and the warnings filter; `check` says what has changed."""
 

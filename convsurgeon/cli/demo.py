@@ -17,7 +17,9 @@ def run(
     ),
     to: arguments.To = "shift",
     seed: Annotated[int, typer.Option()] = 0,
-    threads: arguments.Threads = None,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Processor threads to train with; images of 8x8 pixels gain nothing from more.")
+    ] = 1,
     json: arguments.Json = False,
 ) -> None:
     """Train a small residual CNN on digits, convert, distil, export, and compare: a few minutes, no download."""

@@ -33,7 +33,7 @@ class FeatureSplit:
 
     def pooled_width(self, copies: int) -> int:
         """Return the length of the vectors that pooling makes of `copies` maps, concatenated."""
-        pooled = self.pooling(torch.zeros(2, self.channels * copies, *self.size))
+        pooled = copy.deepcopy(self.pooling).eval()(torch.zeros(2, self.channels * copies, *self.size))
         if pooled.dim() != 2 or len(pooled) != 2:
             raise DistillationError(
                 "ensemble: pooling of joined feature maps gives "
@@ -72,6 +72,8 @@ def split_at_features(model: nn.Module, sample: Tensor) -> FeatureSplit:
     while chain and shapes[chain[-1].name] == shapes[node.name]:
         node = chain.pop()
     shape = shapes[node.name]
+    if node.op == "placeholder":
+        raise DistillationError(f"ensemble: {name} has no feature map before its classifier; {_ADVICE}")
     if len(shape) != 4:
         raise DistillationError(
             f"ensemble: before its classifier {name} has a tensor of shape {shape}, "

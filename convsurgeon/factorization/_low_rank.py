@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# a component whose factors would be this much smaller than the largest one's, so its singular
+# value 1e-6 of the largest, keeps one factor large: both small would hardly learn
+_FAINT = 1e-3
+
 
 @torch.no_grad()
 def low_rank(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -13,7 +17,8 @@ def low_rank(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     The truncated singular value decomposition is the closest such product in the Frobenius norm
     (Eckart and Young, 1936). The singular values are split evenly over both factors, so that
     neither starts training much larger than the other. Components beyond the rank of the matrix
-    get a zero left and a nonzero right factor: exact, and alive under gradient descent.
+    get one factor of zeros and one of the largest component's size: exact, and alive under
+    gradient descent.
 
     The singular vectors come from the eigenvectors of the smaller Gram matrix in float64, which
     for kernels (one side is `O`, or a handful of taps) is several times cheaper than a full
@@ -30,15 +35,17 @@ def low_rank(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(gram)
     basis = vectors[..., -kept:].flip(-1)
     root = values[..., -kept:].flip(-1).clamp_min(0).sqrt().sqrt()
-    root = torch.where(root > 0, root, torch.ones_like(root))
+    largest = torch.where(root[..., :1] > 0, root[..., :1], 1.0)
+    root = torch.where(root > _FAINT * largest, root, largest)
     if rows >= columns:
         left, right = (work @ basis) / root[..., None, :], basis.mT * root[..., :, None]
     else:
         left, right = basis * root[..., None, :], (basis.mT @ work) / root[..., :, None]
     if kept < rank:
-        spare = torch.arange(rank - kept, device=work.device) % kept
+        spare = torch.arange(rank - kept, device=work.device) % columns
+        units = torch.eye(columns, dtype=work.dtype, device=work.device)[spare]
         left = torch.cat([left, left.new_zeros(*left.shape[:-1], rank - kept)], dim=-1)
-        right = torch.cat([right, right[..., spare, :]], dim=-2)
+        right = torch.cat([right, units * largest[..., None]], dim=-2)
     return left.to(matrices.dtype), right.to(matrices.dtype)
 
 

@@ -44,8 +44,8 @@ class SoftTargets(AbstractObjective):
         temperature = self.options.temperature
         log_student = functional.log_softmax(student_BK.float() / temperature, dim=1)
         log_teacher = functional.log_softmax(teacher_BK.float() / temperature, dim=1)
-        divergence: Tensor = functional.kl_div(
-            log_student, log_teacher, reduction=self.options.reduction, log_target=True
-        )
+        divergence = functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+        if self.options.reduction == "mean":  # torch's own `mean` warns, and is going to mean `batchmean`
+            divergence = divergence / student_BK.shape[1]
         loss: Tensor = divergence * temperature**2
         return loss

@@ -1,0 +1,345 @@
+"""The closed forms are optima: nothing the op can represent is closer to the dense kernel."""
+
+import inspect
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convsurgeon import ops
+from convsurgeon.errors import OptionError, UnsupportedConvError
+from convsurgeon.factorization import fixed_taps, highest_energy_taps, low_rank, one_hot_kernel, rank_one
+from convsurgeon.spec import ConvSpec
+from convsurgeon.testing import accepts, make_donor, sample_cases
+
+SPECS = [ConvSpec(4, 6, (3, 3)), ConvSpec(8, 3, (2, 3)), ConvSpec(6, 5, (1, 4))]
+
+
+def optima():
+    """Each op, on each spec, with each set of options that makes a kernel of its own."""
+    for name, spec in itertools.product(ops.names(), SPECS):
+        op, seen = ops.get(name), []
+        donor = donor_of(spec)
+        for _, options in sample_cases(op, count=40):
+            if accepts(op, spec, options):
+                dense = op.from_conv(donor, options).as_dense().detach()
+                if not any(torch.equal(dense, other) for other in seen):
+                    seen.append(dense)
+                    yield pytest.param(op, spec, options, id=f"{name}-{spec}-{len(seen)}")
+
+
+def donor_of(spec):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        return make_donor(spec)
+
+
+def error_of(op, weight):
+    return (op.as_dense() - weight).square().sum()
+
+
+each_optimum = pytest.mark.parametrize(("op", "spec", "options"), list(optima()))
+
+
+@pytest.mark.parametrize("name", ops.names())
+def test_every_op_says_in_which_norm_it_is_closest(name):
+    assert "Frobenius" in inspect.getdoc(ops.get(name).init_from)
+
+
+@each_optimum
+def test_no_perturbation_is_closer(op, spec, options):
+    weight = donor_of(spec).weight.detach()
+    cheap = op.from_conv(donor_of(spec), options).requires_grad_(False)
+    best = error_of(cheap, weight)
+    start = [parameter.clone() for parameter in cheap.parameters()]
+    generator = torch.Generator().manual_seed(0)
+    for step in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
+        for _ in range(40):
+            for parameter, value in zip(cheap.parameters(), start, strict=True):
+                noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+                parameter.copy_(value + step * value.abs().max() * noise)
+            assert error_of(cheap, weight) >= best - 1e-12
+
+
+@each_optimum
+def test_no_descent_from_anywhere_gets_closer(op, spec, options):
+    weight = donor_of(spec).weight.detach()
+    closed = op.from_conv(donor_of(spec), options)
+    best = error_of(closed, weight).item()
+    found = [descend(op, spec, options, weight, seed) for seed in range(3)]
+    assert min(found) >= best * (1 - 1e-9) - 1e-12
+    if not list(closed.buffers()):  # the descent can move all that the op has
+        assert min(found) <= best * (1 + 1e-4) + 1e-9
+
+
+def descend(op, spec, options, weight, seed):
+    """Return the error that 200 steps of L-BFGS reach from a random start."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        cheap = op.build(spec, options, dtype=weight.dtype)
+    parameters = [parameter for parameter in cheap.parameters() if parameter is not cheap.bias]
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-14
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        error = error_of(cheap, weight)
+        error.backward()
+        return error
+
+    optimizer.step(closure)
+    return error_of(cheap, weight).item()
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 2), (1, 5), (4, 1)])
+def test_no_other_shift_is_closer(kernel):
+    op, spec = ops.get("shift"), ConvSpec(3, 4, kernel)
+    weight = donor_of(spec).weight.detach()
+    errors = {}
+    for taps in itertools.product(range(spec.taps), repeat=3):
+        mask = one_hot_kernel(torch.tensor(taps), *kernel).double().transpose(0, 1)
+        errors[taps] = (weight - weight * mask).square().sum().item()
+    cheap = op.from_conv(donor_of(spec))
+    assert error_of(cheap, weight).item() == pytest.approx(min(errors.values()), rel=1e-12)
+    assert tuple(cheap.taps.tolist()) == min(errors, key=errors.get)
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4, 6])
+@pytest.mark.parametrize("out_channels", [2, 5, 30])
+def test_group_loses_what_the_singular_values_beyond_the_rank_hold(groups, out_channels):
+    spec = ConvSpec(12, out_channels, (3, 2))
+    weight = donor_of(spec).weight.detach()
+    rank, lost = 12 // groups, 0.0
+    for part in weight.split(rank, dim=1):
+        lost += torch.linalg.svd(part.flatten(1))[1][rank:].square().sum().item()
+    cheap = ops.get("group").from_conv(donor_of(spec), {"groups": groups})
+    assert error_of(cheap, weight).item() == pytest.approx(lost, rel=1e-9, abs=1e-20)
+
+
+@pytest.mark.parametrize(("name", "channel_axis"), [("depthwise", 1), ("bsconv", 0)])
+def test_rank_one_ops_lose_all_but_the_first_singular_value(name, channel_axis):
+    spec = ConvSpec(5, 7, (3, 3))
+    weight = donor_of(spec).weight.detach()
+    values = torch.linalg.svd(weight.flatten(2).movedim(channel_axis, 0))[1]
+    cheap = ops.get(name).from_conv(donor_of(spec))
+    assert error_of(cheap, weight).item() == pytest.approx(values[:, 1:].square().sum().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("channels", "asked", "taken"),
+    [
+        (12, 8, 6),
+        (12, 6, 6),
+        (12, 5, 4),
+        (64, 8, 8),
+        (6, 100, 6),
+        (9, 8, 3),
+        (7, 8, 7),
+        (14, 13, 7),
+        (2, 8, 2),
+    ],
+)
+def test_group_takes_the_largest_divisor(channels, asked, taken):
+    op, spec = ops.get("group"), ConvSpec(channels, 4, (3, 3))
+    options = op.fit_options(spec, op.parse_options({"groups": asked}))
+    cheap = op.from_conv(make_donor(spec), {"groups": asked})
+    assert (options.groups, cheap.options["groups"], cheap.spatial.groups) == (taken, taken, taken)
+    assert op.macs(spec, 9, 9, {"groups": asked}) == op.macs(spec, 9, 9, options)
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "reason"),
+    [
+        (7, 6, "no number of groups from 2 to 6 divides 7 input channels"),
+        (9, 2, "no number of groups from 2 to 2 divides 9 input channels"),
+        (1, 8, "no number of groups from 2 to 8 divides 1 input channel"),
+    ],
+)
+def test_group_refuses_to_be_one_group(channels, groups, reason):
+    op, spec = ops.get("group"), ConvSpec(channels, 4, (3, 3))
+    assert op.why_not(spec, op.parse_options({"groups": groups})) == reason
+    with pytest.raises(UnsupportedConvError, match=f"^group: {reason} \\("):
+        op.from_conv(make_donor(spec), {"groups": groups})
+
+
+@pytest.mark.parametrize("groups", [1, 0, -4, "1"])
+def test_group_refuses_less_than_two(groups):
+    with pytest.raises(OptionError, match=f"^group: option groups must be at least 2, got {groups}$"):
+        ops.get("group").parse_options({"groups": groups})
+
+
+@pytest.mark.parametrize("name", ["depthwise", "shift"])
+def test_a_single_channel_has_a_filter_of_its_own(name):
+    assert accepts(ops.get(name), ConvSpec(1, 4, (3, 3)))
+
+
+def test_fixed_taps_are_the_papers_for_3x3():
+    taps = fixed_taps(24, 3, 3)
+    for channel in range(18):  # of 24 channels the last 24 mod 9 = 6 are not shifted
+        dx, dy = channel % 3 - 1, (channel // 3) % 3 - 1
+        assert taps[channel] == (dy + 1) * 3 + dx + 1
+    assert taps[18:].tolist() == [4] * 6
+
+
+@pytest.mark.parametrize("kernel", [(1, 3), (3, 1), (5, 5), (2, 3), (4, 4), (5, 2)])
+@pytest.mark.parametrize("channels", [1, 3, 12, 50])
+def test_fixed_taps_of_other_kernels(kernel, channels):
+    height, width = kernel
+    taps = fixed_taps(channels, height, width)
+    shifted = channels - channels % (height * width)
+    for channel in range(channels):
+        dx, dy = channel % width - width // 2, (channel // width) % height - height // 2
+        if channel >= shifted:
+            dx = dy = 0
+        assert taps[channel] == (dy + height // 2) * width + dx + width // 2
+
+
+def test_assignment_fixed_moves_a_picture_as_the_paper_says():
+    spec = ConvSpec(9, 9, (3, 3), padding=(1, 1), bias=False)
+    cheap = ops.get("shift").from_conv(make_donor(spec), {"assignment": "fixed"})
+    assert cheap.taps.tolist() == list(range(9))
+    image = torch.zeros(1, 9, 5, 5, dtype=torch.float64)
+    image[:, :, 2, 2] = 1
+    moved = cheap.spatial(image)
+    for channel in range(9):
+        dx, dy = channel % 3 - 1, channel // 3 - 1
+        # a convolution reads at the offset, so that what is seen moves the other way
+        assert moved[0, channel].nonzero().tolist() == [[2 - dy, 2 - dx]]
+
+
+def test_assignment_fixed_keeps_the_dense_weights_of_its_taps():
+    spec = ConvSpec(11, 4, (3, 3))
+    donor = donor_of(spec)
+    cheap = ops.get("shift").from_conv(donor, {"assignment": "fixed"})
+    taps = fixed_taps(11, 3, 3)
+    for channel in range(11):
+        expected = donor.weight[:, channel].flatten(1)[:, taps[channel]]
+        assert torch.equal(cheap.pointwise.weight[:, channel, 0, 0], expected)
+
+
+def test_highest_energy_counts_all_filters():
+    weight = torch.zeros(3, 2, 1, 3)
+    weight[:, 0, 0] = torch.tensor([[5.0, 0, 4], [0, 0, 4], [0, 0, 4]])
+    weight[:, 1, 0] = torch.tensor([[0.0, -9, 1], [0, 0, 1], [0, 0, 1]])
+    assert highest_energy_taps(weight).tolist() == [2, 1]
+
+
+def test_one_hot_kernel_is_one_at_the_tap():
+    assert one_hot_kernel(torch.tensor([1, 5]), 2, 3).tolist() == [
+        [[[0, 1, 0], [0, 0, 0]]],
+        [[[0, 0, 0], [0, 0, 1]]],
+    ]
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    batch=st.sampled_from([(), (1,), (3,), (2, 3)]),
+    rows=st.integers(1, 12),
+    columns=st.integers(1, 12),
+    rank=st.integers(1, 14),
+    seed=st.integers(0, 2**31),
+)
+def test_low_rank_is_the_truncated_svd(batch, rows, columns, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    matrices = torch.randn(*batch, rows, columns, generator=generator, dtype=torch.float64)
+    left, right = low_rank(matrices, rank)
+    assert left.shape == (*batch, rows, rank)
+    assert right.shape == (*batch, rank, columns)
+    u, values, vt = torch.linalg.svd(matrices, full_matrices=False)
+    kept = min(rank, rows, columns)
+    best = u[..., :kept] @ torch.diag_embed(values[..., :kept]) @ vt[..., :kept, :]
+    lost = values[..., kept:].square().sum(-1)
+    torch.testing.assert_close((matrices - left @ right).square().sum((-2, -1)), lost, rtol=1e-7, atol=1e-18)
+    gaps = values[..., kept - 1] - values[..., kept] if kept < values.shape[-1] else None
+    if gaps is None or gaps.min() > 1e-2:  # otherwise the best approximation is hardly unique
+        torch.testing.assert_close(left @ right, best)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (2, 5, 5)])
+def test_singular_values_are_split_evenly(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    left, right = low_rank(matrices, 3)
+    values = torch.linalg.svdvals(matrices)[..., :3]
+    torch.testing.assert_close(left.norm(dim=-2), values.sqrt())
+    torch.testing.assert_close(right.norm(dim=-1), values.sqrt())
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (5, 2)])
+def test_spare_components_add_nothing_and_can_learn(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    left, right = low_rank(matrix, 4)
+    assert not left[:, 2:].any()
+    assert right[2:].norm(dim=-1).min() > 0.1
+    torch.testing.assert_close(left @ right, matrix)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (4, 3), (2, 3, 3)])
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_zero_matrices_give_a_zero_product_that_can_learn(shape, rank):
+    left, right = low_rank(torch.zeros(shape), rank)
+    assert not (left @ right).any()
+    assert_alive(left, right)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+@pytest.mark.parametrize("rank", [4, 6, 8, 20])
+def test_components_beyond_the_rank_can_learn(shape, rank):
+    generator = torch.Generator().manual_seed(6)
+    thin = [
+        torch.randn(size, generator=generator, dtype=torch.float64) for size in ((shape[0], 2), (2, shape[1]))
+    ]
+    matrix = thin[0] @ thin[1]
+    left, right = low_rank(matrix, rank)
+    torch.testing.assert_close(left @ right, matrix)
+    assert_alive(left, right)
+
+
+def assert_alive(left, right):
+    """A component whose factors are both next to zero gets next to no gradient, and stays dead."""
+    assert torch.maximum(left.norm(dim=-2), right.norm(dim=-1)).min() > 0.5
+
+
+def test_a_zero_matrix_in_a_batch_spoils_no_other():
+    matrices = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    matrices[0] = 0
+    left, right = low_rank(matrices, 3)
+    torch.testing.assert_close(left @ right, matrices)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e6, 1e20])
+def test_low_rank_does_not_care_about_scale(scale):
+    matrix = torch.randn(5, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    left, right = low_rank(matrix * scale, 4)
+    torch.testing.assert_close(left @ right / scale, matrix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_low_rank_gives_back_the_dtype(dtype):
+    matrix = torch.randn(6, 5, generator=torch.Generator().manual_seed(5)).to(dtype)
+    left, right = low_rank(matrix, 5)
+    assert left.dtype == right.dtype == dtype
+    # the factors are rounded once each, so that the product is off by a few units in their last place
+    product, unit = left.double() @ right.double(), torch.finfo(dtype).eps
+    assert (product - matrix.double()).abs().max() <= 8 * unit * matrix.double().norm()
+
+
+def test_rank_one_is_an_outer_product():
+    left, right = torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[1.0, 0, 1], [2, 2, 2]])
+    matrices = left[..., :, None] * right[..., None, :]
+    got_left, got_right = rank_one(matrices)
+    assert got_left.shape == left.shape
+    assert got_right.shape == right.shape
+    torch.testing.assert_close(got_left[..., :, None] * got_right[..., None, :], matrices)
+
+
+def test_a_kernel_of_zeros_gives_an_op_of_zeros_that_can_learn():
+    for name in ops.names():
+        donor = make_donor(ConvSpec(4, 4, (3, 3), padding=(1, 1), bias=False))
+        torch.nn.init.zeros_(donor.weight)
+        cheap = ops.get(name).from_conv(donor)
+        assert not cheap.as_dense().any()
+        cheap(torch.randn(1, 4, 5, 5, dtype=torch.float64)).sum().backward()
+        assert any(parameter.grad.any() for parameter in cheap.parameters())
