@@ -50,7 +50,9 @@ class DemoResult:
         }
 
 
-def run_demo(folder: str | Path, *, to: str = "shift", seed: int = 0, report: Report = be_silent) -> DemoResult:
+def run_demo(
+    folder: str | Path, *, to: str = "shift", seed: int = 0, report: Report = be_silent
+) -> DemoResult:
     """Train a teacher, convert it, distil jointly, export, and compare.
 
     Args:
@@ -60,7 +62,11 @@ def run_demo(folder: str | Path, *, to: str = "shift", seed: int = 0, report: Re
     """
     folder = make_folder(folder)
     data = load_data("digits", seed=seed)
-    if not isinstance(data.train, ImageSet) or not isinstance(data.test, ImageSet) or data.preprocessing is None:
+    if (
+        not isinstance(data.train, ImageSet)
+        or not isinstance(data.test, ImageSet)
+        or data.preprocessing is None
+    ):
         raise DataError("the digits should be pictures in memory with a test split")
     image = data.train[0][0][None]
     settings: dict[str, Any] = {
@@ -73,7 +79,9 @@ def run_demo(folder: str | Path, *, to: str = "shift", seed: int = 0, report: Re
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = SmallResNet()
-    trained = distill(None, net, data.train, data.val, method="supervised", epochs=_TEACHER_EPOCHS, **settings)
+    trained = distill(
+        None, net, data.train, data.val, method="supervised", epochs=_TEACHER_EPOCHS, **settings
+    )
     teacher = trained.student
     facts = {
         "preprocessing": data.preprocessing.to_dict(),
@@ -85,7 +93,9 @@ def run_demo(folder: str | Path, *, to: str = "shift", seed: int = 0, report: Re
     student = rewrite(teacher, to, example_inputs=image)
     closed_form = evaluate(student, data.test).accuracy
     _say(report, "3/5 train student and teacher jointly")
-    result = distill(teacher, student, data.train, data.val, method="joint", epochs=_STUDENT_EPOCHS, **settings)
+    result = distill(
+        teacher, student, data.train, data.val, method="joint", epochs=_STUDENT_EPOCHS, **settings
+    )
     _say(report, "4/5 save, export to ONNX, compare with PyTorch on random and real images")
     files = [
         save(teacher, folder / "teacher.pt", force=True),
@@ -105,7 +115,10 @@ def run_demo(folder: str | Path, *, to: str = "shift", seed: int = 0, report: Re
     assert result.teacher is not None
     files += [comparison.before.delivery.path, comparison.after.delivery.path]
     done = DemoResult(
-        comparison, evaluate(result.teacher, data.test).accuracy, closed_form, (*files, folder / "report.json")
+        comparison,
+        evaluate(result.teacher, data.test).accuracy,
+        closed_form,
+        (*files, folder / "report.json"),
     )
     write_text(folder / "report.json", json.dumps(done.to_dict(), indent=2) + "\n")
     return done

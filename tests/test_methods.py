@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -58,8 +57,8 @@ def test_kd_options() -> None:
     assert objectives.get("kd")().options.temperature == 4.0
     with pytest.raises(cs.errors.OptionError, match="temperature must be above 0, got 0"):
         objectives.get("kd")({"temperature": 0})
-    with pytest.raises(cs.errors.OptionError, match=r"no option 'temp'\. Did you mean 'temperature'"):
-        objectives.get("kd")({"temp": 2})
+    with pytest.raises(cs.errors.OptionError, match=r"no option 'temperatur'\. Did you mean 'temperature'"):
+        objectives.get("kd")({"temperatur": 2})
     with pytest.raises(cs.errors.OptionError, match="reduction must be one of batchmean, mean, got 'sum'"):
         objectives.get("kd")({"reduction": "sum"})
 
@@ -164,7 +163,7 @@ def test_joint_leads_a_trained_teacher_gently(
         for parameter in group["params"]
     }
     assert {rates[id(parameter)] for parameter in method.student.parameters()} == {0.1}
-    assert {rates[id(parameter)] for parameter in method.teacher.parameters()} == {pytest.approx(0.1 * rate)}
+    assert {rates[id(parameter)] for parameter in method.teacher.parameters()} == {0.1 * rate}
     s, t = method.student(IMAGES), method.teacher(IMAGES)
     learn = functional.cross_entropy(s, LABELS) + 0.5 * kd_by_hand(s, t.detach())
     teach = functional.cross_entropy(t, LABELS) + mutual * kd_by_hand(t, s.detach())
@@ -370,4 +369,3 @@ def test_a_network_without_such_a_map_is_refused_with_a_way_out(model: nn.Module
         methods.get("ensemble")(None, model, setting=setting(), options={})
     assert str(caught.value).endswith("use --method joint or --method frozen")
     assert "\n" not in str(caught.value)
-    assert math.isfinite(len(str(caught.value)))

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-MODEL_HELP = (
-    "torchvision:NAME, timm:NAME, package.module:factory, a pickled module (.pt), or a student that convert wrote."
-)
+MODEL_HELP = "torchvision:NAME, timm:NAME, package.module:factory, a pickled module (.pt), or a student that convert wrote."
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Weights = Annotated[
@@ -26,19 +24,25 @@ TrustModule = Annotated[
     typer.Option(metavar="PREFIX", help="Admit module classes of this package from files. Repeatable."),
 ]
 InputShape = Annotated[
-    str | None, typer.Option(metavar="N,C,H,W", help="Shape of an input, such as 1,3,224,224, where it is not known.")
+    str | None,
+    typer.Option(metavar="N,C,H,W", help="Shape of an input, such as 1,3,224,224, where it is not known."),
 ]
-To = Annotated[str, typer.Option("--to", metavar="OP", help="What convolutions become; see `convsurgeon ops`.")]
+To = Annotated[
+    str, typer.Option("--to", metavar="OP", help="What convolutions become; see `convsurgeon ops`.")
+]
 Keep = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Leave these convolutions alone: a glob over names. Repeatable."),
 ]
 Only = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="Convert only these: a glob over names. Repeatable.")
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Convert only these: a glob over names. Repeatable."),
 ]
 Map = Annotated[
     list[str] | None,
-    typer.Option("--map", metavar="PATTERN=OP", help="Convert these to another op; the last match wins. Repeatable."),
+    typer.Option(
+        "--map", metavar="PATTERN=OP", help="Convert these to another op; the last match wins. Repeatable."
+    ),
 ]
 Option = Annotated[
     list[str] | None,
@@ -51,11 +55,14 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")
 Data = Annotated[
     str | None,
     typer.Option(
-        metavar="DATA", help="digits, fashion-mnist, cifar10, cifar100, imagefolder:DIR, or package.module:factory."
+        metavar="DATA",
+        help="digits, fashion-mnist, cifar10, cifar100, imagefolder:DIR, or package.module:factory.",
     ),
 ]
 DataRoot = Annotated[Path | None, typer.Option(help="Where downloaded data sets lie; ./data by default.")]
-Size = Annotated[str | None, typer.Option(metavar="H[,W]", help="Image size; by default what the model's source says.")]
+Size = Annotated[
+    str | None, typer.Option(metavar="H[,W]", help="Image size; by default what the model's source says.")
+]
 Mean = Annotated[str | None, typer.Option(metavar="M[,M,M]", help="Mean per channel, in 0..1.")]
 Std = Annotated[str | None, typer.Option(metavar="S[,S,S]", help="Standard deviation per channel, in 0..1.")]
 Color = Annotated[str | None, typer.Option(metavar="rgb|gray", help="Color of the images.")]

@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 def run(
     model: arguments.Model,
     to: Annotated[
-        str | None, typer.Option("--to", metavar="OP", help="What convolutions become; see `convsurgeon ops`.")
+        str | None,
+        typer.Option("--to", metavar="OP", help="What convolutions become; see `convsurgeon ops`."),
     ] = None,
     keep: arguments.Keep = None,
     only: arguments.Only = None,
     mapping: arguments.Map = None,
     option: arguments.Option = None,
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Carry out this plan instead.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="Where the student goes.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Where the student goes.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")] = False,
     input_shape: arguments.InputShape = None,
     weights: arguments.Weights = None,
@@ -44,13 +47,17 @@ def run(
     from convsurgeon.surgery import rewrite, survey
 
     if plan is not None and any((to, keep, only, mapping, option)):
-        raise OptionError("--plan is carried out as it is; leave out --to, --keep, --only, --map and --option")
+        raise OptionError(
+            "--plan is carried out as it is; leave out --to, --keep, --only, --map and --option"
+        )
     ready = read_plan(plan) if plan is not None else None
     network = load_model(model, weights=weights, model_arg=model_arg, trust=trust, trust_module=trust_module)
     example = example_for(network, input_shape)
     if example is None:
-        say("note: no input shape is known, so there are no sizes, no MACs and no check of the output's shape; "
-            "say --input-shape 1,3,224,224 for them")
+        say(
+            "note: no input shape is known, so there are no sizes, no MACs and no check of the output's shape; "
+            "say --input-shape 1,3,224,224 for them"
+        )
     found = survey(network, example_inputs=example)
     the_plan = ready or make_plan(found, to or "depthwise", **selectors(keep, only, mapping, option))
     target = output or default_output(network, model, the_plan.tag)
@@ -76,7 +83,11 @@ def run(
 def _costs(network: Any, student: Any, the_plan: Plan, found: Survey) -> dict[str, Any]:
     from convsurgeon.surgery import cost_of, count_params, totals
 
-    pairs = zip(found.sites, the_plan.decisions, strict=True) if len(found.sites) == len(the_plan.decisions) else ()
+    pairs = (
+        zip(found.sites, the_plan.decisions, strict=True)
+        if len(found.sites) == len(the_plan.decisions)
+        else ()
+    )
     return {
         "params": {"before": count_params(network), "after": count_params(student)},
         "convolutions": asdict(totals(the_plan, found)),

@@ -18,7 +18,10 @@ def run(
     to: arguments.To = "shift",
     seed: Annotated[int, typer.Option()] = 0,
     threads: Annotated[
-        int, typer.Option(min=1, help="Processor threads to train with; images of 8x8 pixels gain nothing from more.")
+        int,
+        typer.Option(
+            min=1, help="Processor threads to train with; images of 8x8 pixels gain nothing from more."
+        ),
     ] = 1,
     json: arguments.Json = False,
 ) -> None:

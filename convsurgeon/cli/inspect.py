@@ -25,9 +25,7 @@ def run(
     from convsurgeon.cli._models import example_for, load_model
     from convsurgeon.surgery import survey
 
-    network = load_model(
-        model, weights=weights, model_arg=model_arg, trust=trust, trust_module=trust_module
-    )
+    network = load_model(model, weights=weights, model_arg=model_arg, trust=trust, trust_module=trust_module)
     found = survey(network, example_inputs=example_for(network, input_shape))
     rows = [_row(site, found) for site in found.sites]
     if json:
@@ -94,4 +92,6 @@ def _draw(found: Survey, rows: list[dict[str, Any]]) -> None:
     else:
         say("sizes and MACs need an input's shape: --input-shape 1,3,224,224")
     for fqn, reason in found.untraced:
-        say(f"note: torch.fx could not trace {fqn} ({reason[:120]}); its convolutions were found all the same")
+        say(
+            f"note: torch.fx could not trace {fqn} ({reason[:120]}); its convolutions were found all the same"
+        )

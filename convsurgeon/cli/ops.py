@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from convsurgeon.cli import _arguments as arguments
 
@@ -14,7 +15,7 @@ def run(json: arguments.Json = False) -> None:
     from convsurgeon import ops
     from convsurgeon.cli._drawing import console, emit
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in ops.names():
         op = ops.get(name)
         options = {field.name: field.default for field in dataclasses.fields(op.Options)}

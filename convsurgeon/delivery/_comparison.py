@@ -90,7 +90,12 @@ def compare(
     networks = {BEFORE: teacher, AFTER: student}
     deliveries = {
         side: export(
-            network, files[side], example_inputs=example, images=images, force=force, report=_named(report, files[side])
+            network,
+            files[side],
+            example_inputs=example,
+            images=images,
+            force=force,
+            report=_named(report, files[side]),
         )
         for side, network in networks.items()
     }
@@ -121,8 +126,9 @@ def _converted_macs(teacher: nn.Module, student: nn.Module, example: Tensor) -> 
     found = survey(teacher, example_inputs=example)
     if plan is None or [site.fqns for site in found.sites] != [decision.fqns for decision in plan.decisions]:
         return None
-    cost, kept = totals(plan, found), sum(
-        site.macs or 0 for site, d in zip(found.sites, plan.decisions, strict=True) if d.op is None
+    cost, kept = (
+        totals(plan, found),
+        sum(site.macs or 0 for site, d in zip(found.sites, plan.decisions, strict=True) if d.op is None),
     )
     assert cost.macs_before is not None
     assert cost.macs_after is not None

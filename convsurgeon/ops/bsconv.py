@@ -37,7 +37,8 @@ class BSConv2d(AbstractCheapConv):
         Haase and Amthor, 2020, arXiv:2003.13549.
 
     Examples:
-        >>> conv = nn.Conv2d(8, 16, 3, padding=1)
+        >>> import torch
+        >>> conv = torch.nn.Conv2d(8, 16, 3, padding=1)
         >>> op = BSConv2d.from_conv(conv)
         >>> op(torch.zeros(2, 8, 5, 5)).shape
         torch.Size([2, 16, 5, 5])

@@ -1,0 +1,39 @@
+# The front door. Everything below makes .venv and installs on first use.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint format docs clean
+
+demo: $(STAMP)
+	$(BIN)/convsurgeon demo
+
+test: $(STAMP)
+	$(BIN)/pytest -m "not slow" --durations=5
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -m slow --durations=5
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(STAMP)
+	$(BIN)/pip install --quiet -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("convsurgeon needs Python 3.11 or newer; use make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist site *.egg-info
