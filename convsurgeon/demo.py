@@ -50,9 +50,7 @@ class DemoResult:
         }
 
 
-def run_demo(
-    folder: str | Path, *, to: str = "shift", seed: int = 0, report: Report = be_silent
-) -> DemoResult:
+def run_demo(folder: str | Path, *, to: str = "shift", seed: int = 0, report: Report = be_silent) -> DemoResult:
     """Train a teacher, convert it, distil jointly, export, and compare.
 
     Args:
@@ -62,11 +60,7 @@ def run_demo(
     """
     folder = make_folder(folder)
     data = load_data("digits", seed=seed)
-    if (
-        not isinstance(data.train, ImageSet)
-        or not isinstance(data.test, ImageSet)
-        or data.preprocessing is None
-    ):
+    if not isinstance(data.train, ImageSet) or not isinstance(data.test, ImageSet) or data.preprocessing is None:
         raise DataError("the digits should be pictures in memory with a test split")
     image = data.train[0][0][None]
     settings: dict[str, Any] = {
@@ -79,9 +73,7 @@ def run_demo(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = SmallResNet()
-    trained = distill(
-        None, net, data.train, data.val, method="supervised", epochs=_TEACHER_EPOCHS, **settings
-    )
+    trained = distill(None, net, data.train, data.val, method="supervised", epochs=_TEACHER_EPOCHS, **settings)
     teacher = trained.student
     facts = {
         "preprocessing": data.preprocessing.to_dict(),
@@ -93,9 +85,7 @@ def run_demo(
     student = rewrite(teacher, to, example_inputs=image)
     closed_form = evaluate(student, data.test).accuracy
     _say(report, "3/5 train student and teacher jointly")
-    result = distill(
-        teacher, student, data.train, data.val, method="joint", epochs=_STUDENT_EPOCHS, **settings
-    )
+    result = distill(teacher, student, data.train, data.val, method="joint", epochs=_STUDENT_EPOCHS, **settings)
     _say(report, "4/5 save, export to ONNX, compare with PyTorch on random and real images")
     files = [
         save(teacher, folder / "teacher.pt", force=True),
@@ -150,9 +140,7 @@ class _Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         out = torch.relu(self.bn1(self.conv1(x)))

@@ -173,9 +173,7 @@ def _answers(who: str, score: Scorer, images: Tensor, labels: Tensor, classes: i
         logits = score(images)
     except (RuntimeError, AssertionError) as error:  # timm asserts its input size
         shape = "x".join(map(str, images.shape[1:]))
-        raise ModelError(
-            f"{who} cannot take images of {shape} ({images.dtype}): {one_line(error)}"
-        ) from error
+        raise ModelError(f"{who} cannot take images of {shape} ({images.dtype}): {one_line(error)}") from error
     if logits.ndim != 2 or len(logits) != len(labels):
         raise ModelError(
             f"{who} answers {len(labels)} images with shape {tuple(logits.shape)}; expected one row of class"
@@ -239,9 +237,7 @@ def _evaluating(module: nn.Module, device: torch.device | str | None) -> Iterato
 
 def _open_session(path: Path) -> Any:
     if path.suffix != ".onnx":
-        raise ModelError(
-            f"cannot evaluate {path}: only .onnx files run as they are; load() other models first"
-        )
+        raise ModelError(f"cannot evaluate {path}: only .onnx files run as they are; load() other models first")
     if not path.is_file():
         raise ModelError(f"{path} does not exist; export() writes an ONNX file")
     import onnxruntime
@@ -264,8 +260,7 @@ def _session_scorer(session: Any) -> Scorer:
         except Exception as error:  # onnxruntime's own exceptions share no root
             expected = "x".join(map(str, entry.shape))
             raise ModelError(
-                f"the ONNX model takes {expected}, and failed on {'x'.join(map(str, images.shape))}:"
-                f" {one_line(error)}"
+                f"the ONNX model takes {expected}, and failed on {'x'.join(map(str, images.shape))}: {one_line(error)}"
             ) from error
 
     def score(images: Tensor) -> Tensor:

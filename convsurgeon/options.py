@@ -30,9 +30,7 @@ def parse_options(cls: type[Any], values: Any, *, owner: str) -> Any:
     for key, value in (values or {}).items():
         if key not in hints:
             known = ", ".join(hints) or "none"
-            raise OptionError(
-                f"{owner} has no option {key!r}.{did_you_mean(str(key), hints)} Options: {known}."
-            )
+            raise OptionError(f"{owner} has no option {key!r}.{did_you_mean(str(key), hints)} Options: {known}.")
         converted[key] = _convert(value, hints[key], f"{owner}: option {key}")
     return cls(**converted)
 

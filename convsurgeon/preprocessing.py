@@ -85,9 +85,7 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON data."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def fit(self, image: Image | Tensor) -> Tensor:
         """Return a picture's pixels in the color and size that the network takes.
@@ -113,9 +111,7 @@ class Preprocessing:
         """Turn fitted uint8 pixels `(B, C, H, W)` into the float32 batch that the network takes."""
         if images.dtype != torch.uint8:
             raise DataError(f"normalize takes uint8 pixels, not {images.dtype}; fit() the pictures first")
-        mean, std = (
-            torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.mean, self.std)
-        )
+        mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.mean, self.std))
         return images.to(torch.float32).div_(255).sub_(mean).div_(std)
 
     def _recolored(self, pixels: Tensor) -> Tensor:

@@ -37,9 +37,7 @@ class Registry(Generic[T]):
             raise ValueError(f"{self._kind} {cls.__qualname__} has no name")
         known = self._classes.setdefault(name, cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(
-                f"two {self._kind}s are named {name!r}: in {known.__module__} and in {cls.__module__}"
-            )
+            raise ValueError(f"two {self._kind}s are named {name!r}: in {known.__module__} and in {cls.__module__}")
         return cls
 
     def names(self) -> list[str]:

@@ -90,9 +90,7 @@ def sample_cases(op: Op, *, count: int = 6, seed: int = 0) -> list[Case]:
     """
     choose = random.Random(seed).choice
     drawn = (_draw_case(op, choose) for _ in range(200 * count))
-    found = [
-        case for case, _ in zip(filter(lambda case: accepts(op, *case), drawn), range(count), strict=False)
-    ]
+    found = [case for case, _ in zip(filter(lambda case: accepts(op, *case), drawn), range(count), strict=False)]
     if len(found) < count:
         raise AssertionError(f"{op.__name__} accepts {len(found)} of {200 * count} generated convolutions")
     return found
@@ -228,9 +226,7 @@ def _require_close(actual: Tensor, expected: Tensor, what: str) -> None:
         if not actual.numel() or actual.dtype != expected.dtype:
             raise
         worst = (actual.double() - expected.double()).abs().max().item()
-        raise _BrokenError(
-            f"{what} is off by up to {worst:.3g}, values reach {expected.abs().max():.3g}"
-        ) from error
+        raise _BrokenError(f"{what} is off by up to {worst:.3g}, values reach {expected.abs().max():.3g}") from error
 
 
 def _by(tensor: Tensor) -> str:
@@ -245,9 +241,7 @@ def _dense(op: AbstractCheapConv, spec: ConvSpec) -> nn.Conv2d:
     """Return the dense convolution that an op says it equals."""
     kernel, bias = op.as_dense().detach(), op.bias
     conv = make_donor(spec, dtype=kernel.dtype)
-    _require(
-        kernel.shape == conv.weight.shape, f"as_dense() is {_by(kernel)}, the donor's {_by(conv.weight)}"
-    )
+    _require(kernel.shape == conv.weight.shape, f"as_dense() is {_by(kernel)}, the donor's {_by(conv.weight)}")
     _require((bias is None) == (conv.bias is None), f"bias is {bias}, the donor has bias={spec.bias}")
     with torch.no_grad():
         conv.weight.copy_(kernel)
@@ -276,9 +270,7 @@ def law_description(op: Op, spec: ConvSpec, options: Any) -> None:
     """The class has a name, a summary and a reference, each a single line."""
     for constant in ("name", "summary", "reference"):
         value = getattr(op, constant, None)
-        _require(
-            isinstance(value, str) and value.strip() == value != "", f"{constant} is {value!r}, not a line"
-        )
+        _require(isinstance(value, str) and value.strip() == value != "", f"{constant} is {value!r}, not a line")
         _require(len(str(value).splitlines()) == 1, f"{constant} has more than one line: {value!r}")
 
 
@@ -300,9 +292,7 @@ def law_geometry(op: Op, spec: ConvSpec, options: Any) -> None:
     cheap = op.from_conv(donor, options)
     for name in _GEOMETRY:
         got, expected = getattr(cheap, name), getattr(donor, name)
-        _require(
-            type(got) is type(expected) and got == expected, f"{name} is {got!r}, the donor's {expected!r}"
-        )
+        _require(type(got) is type(expected) and got == expected, f"{name} is {got!r}, the donor's {expected!r}")
     _require((cheap.bias is None) == (donor.bias is None), f"bias is {cheap.bias}, the donor has {spec.bias}")
 
 
@@ -485,9 +475,7 @@ def law_refusals(op: Op, spec: ConvSpec, options: Any) -> None:
             cheap = op.from_conv(donor, options)
         except UnsupportedConvError as error:
             _require(reason is not None, f"why_not accepts {changed}, from_conv raises: {error}")
-            _require(
-                len(str(reason).splitlines()) == 1, f"refuses {changed} with {reason!r}, not one sentence"
-            )
+            _require(len(str(reason).splitlines()) == 1, f"refuses {changed} with {reason!r}, not one sentence")
             continue
         _require(reason is None, f"why_not refuses {changed}, from_conv does not")
         _require_close(cheap(image), _dense(cheap, changed)(image), f"the output for {changed}")

@@ -21,9 +21,7 @@ EPOCHS = 1 if os.environ.get("CONVSURGEON_EXAMPLE_FAST") else 20
 
 def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     """Convolution, batch norm, ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
-    )
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 def main() -> None:

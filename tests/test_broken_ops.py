@@ -33,8 +33,7 @@ class Honest(AbstractCheapConv):
     @staticmethod
     def make_spatial(spec, **changes):
         geometry = {
-            name: getattr(spec, name)
-            for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+            name: getattr(spec, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
         }
         channels = spec.in_channels
         return nn.Conv2d(channels, channels, bias=False, **{"groups": channels, **geometry, **changes})

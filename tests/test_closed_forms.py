@@ -80,9 +80,7 @@ def descend(op, spec, options, weight, seed):
         torch.manual_seed(seed)
         cheap = op.build(spec, options, dtype=weight.dtype)
     parameters = [parameter for parameter in cheap.parameters() if parameter is not cheap.bias]
-    optimizer = torch.optim.LBFGS(
-        parameters, max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-14
-    )
+    optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-14)
 
     def closure():
         optimizer.zero_grad()
@@ -288,9 +286,7 @@ def test_zero_matrices_give_a_zero_product_that_can_learn(shape, rank):
 @pytest.mark.parametrize("rank", [4, 6, 8, 20])
 def test_components_beyond_the_rank_can_learn(shape, rank):
     generator = torch.Generator().manual_seed(6)
-    thin = [
-        torch.randn(size, generator=generator, dtype=torch.float64) for size in ((shape[0], 2), (2, shape[1]))
-    ]
+    thin = [torch.randn(size, generator=generator, dtype=torch.float64) for size in ((shape[0], 2), (2, shape[1]))]
     matrix = thin[0] @ thin[1]
     left, right = low_rank(matrix, rank)
     torch.testing.assert_close(left @ right, matrix)

@@ -37,8 +37,7 @@ def pixels_of(images):
 def fingerprints(images):
     """One hashable value for each image, to compare splits as sets."""
     return [
-        (int(label), bytes(row.flatten().tolist()))
-        for row, label in zip(pixels_of(images), images.labels, strict=True)
+        (int(label), bytes(row.flatten().tolist())) for row, label in zip(pixels_of(images), images.labels, strict=True)
     ]
 
 
@@ -101,12 +100,8 @@ def test_loader_gives_whole_batches():
     loader = make_loader(images, batch_size=3, shuffle=False)
     assert isinstance(loader, DataLoader)
     assert [len(labels) for _, labels in loader] == [3, 3, 1]
-    assert torch.equal(
-        torch.cat([batch for batch, _ in loader]), images.preprocessing.normalize(pixels_of(images))
-    )
-    assert [
-        len(labels) for _, labels in make_loader(images, batch_size=3, shuffle=False, drop_last=True)
-    ] == [3, 3]
+    assert torch.equal(torch.cat([batch for batch, _ in loader]), images.preprocessing.normalize(pixels_of(images)))
+    assert [len(labels) for _, labels in make_loader(images, batch_size=3, shuffle=False, drop_last=True)] == [3, 3]
     with pytest.raises(OptionError, match="batch_size must be at least 1, not 0"):
         make_loader(images, batch_size=0, shuffle=False)
 
@@ -138,9 +133,7 @@ def test_names_and_their_natural_preprocessing():
 
 
 def test_unknown_names_list_what_there_is():
-    with pytest.raises(
-        UnknownNameError, match=r"Available: cifar10, .*imagefolder:DIR, package.module:factory"
-    ):
+    with pytest.raises(UnknownNameError, match=r"Available: cifar10, .*imagefolder:DIR, package.module:factory"):
         load_data("imagenet")
 
 
@@ -190,9 +183,7 @@ def test_validation_fraction():
     assert len(load_data("digits", val_fraction=0.25).val) == 359
     with pytest.raises(OptionError, match="val_fraction is a share from 0 up to, not including, 1, not 1"):
         load_data("digits", val_fraction=1)
-    with pytest.raises(
-        DataError, match=r"validation split of digits: 1437 image\(s\) are too few to hold out 1"
-    ):
+    with pytest.raises(DataError, match=r"validation split of digits: 1437 image\(s\) are too few to hold out 1"):
         load_data("digits", val_fraction=1e-5)
 
 
@@ -313,9 +304,7 @@ def test_cifar_from_torchvisions_folder(cifar_files, name, classes, train):
     assert len(splits.test) == 2 * classes
     assert (len(splits.classes), splits.classes[3], splits.flip) == (classes, "class 3", True)
     entry = pickle.loads(
-        (
-            cifar_files / ("cifar-10-batches-py/test_batch" if classes == 10 else "cifar-100-python/test")
-        ).read_bytes()
+        (cifar_files / ("cifar-10-batches-py/test_batch" if classes == 10 else "cifar-100-python/test")).read_bytes()
     )
     assert torch.equal(pixels_of(splits.test), torch.from_numpy(entry["data"]).view(-1, 3, 32, 32))
     assert default_preprocessing(name).size == (32, 32)
@@ -323,9 +312,7 @@ def test_cifar_from_torchvisions_folder(cifar_files, name, classes, train):
 
 @pytest.mark.parametrize(("name", "kind"), [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100")])
 def test_missing_cifar_says_how_to_get_it(tmp_path, name, kind):
-    with pytest.raises(
-        DataError, match=re.escape(f"torchvision.datasets.{kind}('{tmp_path}', download=True)")
-    ):
+    with pytest.raises(DataError, match=re.escape(f"torchvision.datasets.{kind}('{tmp_path}', download=True)")):
         load_data(name, root=tmp_path)
 
 

@@ -49,9 +49,7 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
-        )
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
         self.grouped = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.BatchNorm2d(8), nn.ReLU())
         self.depthwise = nn.Sequential(
             nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8, bias=False),
@@ -296,9 +294,7 @@ def test_the_input_shape_comes_from_the_record_then_from_the_images(tmp_path: Pa
 def test_metadata_is_in_the_file(tmp_path: Path) -> None:
     model = Residual()
     preprocessing = {"size": 12, "mean": [0.5], "std": [0.25], "color": "rgb"}
-    update_record(
-        model, classes=["cat", "Größe"], preprocessing=preprocessing, source={"name": "torchvision:resnet18"}
-    )
+    update_record(model, classes=["cat", "Größe"], preprocessing=preprocessing, source={"name": "torchvision:resnet18"})
     delivery = export(model, tmp_path / "a.onnx", example_inputs=IMAGE, metadata={"license": "CC0"})
     proto = onnx.load(delivery.path)
     stored = {entry.key: entry.value for entry in proto.metadata_props}
@@ -391,9 +387,7 @@ def test_a_disagreement_leaves_no_file_and_the_old_one_as_it_was(tmp_path: Path)
     assert old.read_bytes() == b"precious"
 
 
-def test_a_file_that_computes_something_else_is_caught(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_computes_something_else_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sabotage(proto: onnx.ModelProto) -> int:
         bias = next(tensor for tensor in proto.graph.initializer if tensor.name == "head.bias")
         bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 0.01, bias.name))
@@ -404,9 +398,7 @@ def test_a_file_that_computes_something_else_is_caught(
         export(settled(Residual(), IMAGE), tmp_path / "a.onnx", example_inputs=IMAGE)
 
 
-def test_a_difference_in_the_second_output_only_is_caught(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_difference_in_the_second_output_only_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sabotage(proto: onnx.ModelProto) -> int:
         pooled = next(node for node in proto.graph.node if "aux_1" in node.output)
         pooled.output[0] = "pooled"
@@ -483,9 +475,7 @@ def test_a_network_that_cannot_be_traced(tmp_path: Path, capfd: Any, model: nn.M
 
 
 def test_a_shape_that_the_network_does_not_take(tmp_path: Path) -> None:
-    with pytest.raises(
-        ExportError, match="Residual cannot be called with an input of 2x4x12x12: RuntimeError"
-    ):
+    with pytest.raises(ExportError, match="Residual cannot be called with an input of 2x4x12x12: RuntimeError"):
         export(Residual(), tmp_path / "a.onnx", example_inputs=torch.zeros(1, 4, 12, 12))
 
 
@@ -577,9 +567,7 @@ def test_by_default_one_thread_and_all_are_timed(files: dict[str, Path]) -> None
     assert [latency.threads for latency in timed] == list(dict.fromkeys((1, os.cpu_count())))
 
 
-def test_the_order_alternates_and_warm_up_is_not_timed(
-    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_order_alternates_and_warm_up_is_not_timed(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
     def pretend(opened: object, feed: object, name: str) -> float:

@@ -100,9 +100,7 @@ def test_a_frozen_teacher_stays_bit_identical_and_a_joint_one_learns() -> None:
     frozen = cs.distill(teacher, student, TRAIN, VAL, method="frozen", **{**QUICK, "epochs": 1})
     assert_bit_identical(frozen.teacher, teacher)
     joint = cs.distill(teacher, student, TRAIN, VAL, method="joint", **{**QUICK, "epochs": 1})
-    changed = [
-        k for k, v in joint.teacher.state_dict().items() if not torch.equal(v, teacher.state_dict()[k])
-    ]
+    changed = [k for k, v in joint.teacher.state_dict().items() if not torch.equal(v, teacher.state_dict()[k])]
     assert changed == list(teacher.state_dict())
     assert joint.metrics["teacher_before"] == evaluate(teacher, VAL).accuracy
     assert joint.metrics["teacher_after"] == evaluate(joint.teacher, VAL).accuracy
@@ -168,9 +166,7 @@ def test_without_validation_data_the_last_is_kept_and_that_is_said() -> None:
     result = run(val=None, epochs=2, report=events.append)
     assert result.metrics["chosen"] == "student, epoch 2"
     assert result.metrics["student"] is result.metrics["teacher_before"] is None
-    assert [event.message for event in events if event.message] == [
-        "no validation data: the last student is kept"
-    ]
+    assert [event.message for event in events if event.message] == ["no validation data: the last student is kept"]
 
 
 def test_the_best_peer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,10 +293,7 @@ def test_augmentation_is_one_for_teacher_and_student() -> None:
     for mine, theirs in zip(seen["student"], seen["teacher"][-4:], strict=True):
         assert torch.equal(mine, theirs)
     known = {image.numpy().tobytes() for image in TRAIN.tensors[0]}
-    assert (
-        sum(image.contiguous().numpy().tobytes() in known for batch in seen["student"] for image in batch)
-        < 32
-    )
+    assert sum(image.contiguous().numpy().tobytes() in known for batch in seen["student"] for image in batch) < 32
 
 
 def test_augmentation_moves_by_whole_pixels_and_mirrors() -> None:

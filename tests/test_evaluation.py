@@ -194,9 +194,7 @@ def test_other_things_are_refused_in_one_line():
 
 
 def test_a_network_that_cannot_take_the_images_says_so():
-    with pytest.raises(
-        ModelError, match=r"the model cannot take images of 1x1x3 \(torch\.float32\): Runtime"
-    ):
+    with pytest.raises(ModelError, match=r"the model cannot take images of 1x1x3 \(torch\.float32\): Runtime"):
         evaluate(nn.Conv2d(3, 8, 1), [(IMAGES, LABELS)])
 
 

@@ -197,9 +197,7 @@ def test_example_inputs_as_tensor_tuple_and_dict() -> None:
 def test_costs_of_the_sites_sum_to_the_totals(name: str) -> None:
     model = Small()
     found, the_plan = survey(model, example_inputs=X3), plan(model, name)
-    each = [
-        cost_of(site, decision, found) for site, decision in zip(found.sites, the_plan.decisions, strict=True)
-    ]
+    each = [cost_of(site, decision, found) for site, decision in zip(found.sites, the_plan.decisions, strict=True)]
     whole = totals(the_plan, found)
     assert whole == Cost.sum(each)
     assert whole.macs_before == sum(cost.macs_before for cost in each) == found.macs
@@ -212,9 +210,7 @@ def test_costs_of_the_sites_sum_to_the_totals(name: str) -> None:
 
 @pytest.mark.parametrize("name", ops.names())
 def test_totals_are_what_a_counter_sees(name: str) -> None:
-    model = nn.Sequential(
-        conv(3, 8), conv(8, 8, stride=2), nn.ReLU(), conv(8, 16, bias=False), conv(16, 16, groups=4)
-    )
+    model = nn.Sequential(conv(3, 8), conv(8, 8, stride=2), nn.ReLU(), conv(8, 16, bias=False), conv(16, 16, groups=4))
     found, the_plan = survey(model, example_inputs=X3), plan(model, name)
     student = rewrite(model, the_plan)
     whole = totals(the_plan, found)

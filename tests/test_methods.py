@@ -206,9 +206,7 @@ def test_ensemble_is_its_formula_and_detaches_nothing(reference: bool) -> None:
     lesson = method(IMAGES, LABELS)
     torch.testing.assert_close(lesson.loss, expected)
     torch.testing.assert_close(lesson.teacher_BK, teacher)
-    trained = [
-        p for group in method.parameter_groups(learning_rate=1, weight_decay=0) for p in group["params"]
-    ]
+    trained = [p for group in method.parameter_groups(learning_rate=1, weight_decay=0) for p in group["params"]]
     got = torch.autograd.grad(lesson.loss, trained)
     torch.testing.assert_close(got, torch.autograd.grad(expected, trained), rtol=1e-4, atol=1e-5)
 

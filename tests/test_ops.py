@@ -166,9 +166,7 @@ def test_an_unknown_option_is_refused(name):
 def test_a_lookup_by_class_name_and_a_near_miss(name):
     op = ops.get(name)
     assert getattr(ops, op.__name__) is op
-    with pytest.raises(
-        UnknownNameError, match=rf"unknown op '{name}x'\. Did you mean '{name}'\? Available: "
-    ):
+    with pytest.raises(UnknownNameError, match=rf"unknown op '{name}x'\. Did you mean '{name}'\? Available: "):
         ops.get(f"{name}x")
 
 

@@ -61,9 +61,7 @@ def test_converted_and_kept_split_the_plan() -> None:
     found = plan(Small())
     assert len(found.converted) == 3
     assert len(found.kept) == 4
-    assert [*found.converted, *found.kept] == sorted(
-        found.decisions, key=lambda decision: decision.op is None
-    )
+    assert [*found.converted, *found.kept] == sorted(found.decisions, key=lambda decision: decision.op is None)
 
 
 @pytest.mark.parametrize("name", ops.names())
@@ -187,8 +185,7 @@ def test_nothing_converted_counts_the_reasons() -> None:
     with pytest.raises(cs.errors.NothingToConvertError) as caught:
         plan(model, "bsconv")
     assert str(caught.value) == (
-        "no convolution of Sequential can become 'bsconv': 2 are 1x1, 1 is grouped; "
-        "`convsurgeon inspect` shows each"
+        "no convolution of Sequential can become 'bsconv': 2 are 1x1, 1 is grouped; `convsurgeon inspect` shows each"
     )
 
 

@@ -260,8 +260,7 @@ def test_an_unknown_option_says_what_there_is():
     with pytest.raises(OptionError) as caught:
         parse({"group": 8})
     assert str(caught.value) == (
-        "shift has no option 'group'. Did you mean 'groups'? "
-        "Options: groups, rate, kind, order, bias, label, mutual."
+        "shift has no option 'group'. Did you mean 'groups'? Options: groups, rate, kind, order, bias, label, mutual."
     )
     with pytest.raises(OptionError, match=r"^shift has no option 'unit'\. Options: groups"):
         parse({"unit": "taps"})

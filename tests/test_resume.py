@@ -157,9 +157,7 @@ def test_ctrl_c_at_the_end_of_an_epoch_loses_no_validation(limit: int | None, tm
         resume = False
         while True:
             try:
-                found = train(
-                    "joint", folder, resume=resume, limit_batches=limit, on_read=after(reads, interrupt)
-                )
+                found = train("joint", folder, resume=resume, limit_batches=limit, on_read=after(reads, interrupt))
                 break
             except KeyboardInterrupt as stop:
                 assert "go on by --resume" in str(stop)

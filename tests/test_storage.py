@@ -107,9 +107,7 @@ def test_torchvision_by_name_is_random_and_says_so():
     assert isinstance(model, torchvision.models.ResNet)
     assert model.training
     assert model.fc.out_features == 10
-    assert [event.message for event in events] == [
-        "torchvision:resnet18 has random weights: no --weights was given"
-    ]
+    assert [event.message for event in events] == ["torchvision:resnet18 has random weights: no --weights was given"]
     record = read_record(model)
     assert record["source"] == {"name": "torchvision:resnet18", "args": {"num_classes": 10}}
     assert record["input_shape"] == [1, 3, 224, 224]
@@ -256,9 +254,7 @@ def test_default_weights_that_cannot_be_had(monkeypatch, mynet):
 
 
 def test_parse_model_args():
-    parsed = storage.parse_model_args(
-        ["num_classes=10", "act=relu", "name='3'", "sizes=[1, 2]", "a==b", "none="]
-    )
+    parsed = storage.parse_model_args(["num_classes=10", "act=relu", "name='3'", "sizes=[1, 2]", "a==b", "none="])
     assert parsed == {"num_classes": 10, "act": "relu", "name": "3", "sizes": [1, 2], "a": "=b", "none": ""}
     assert "NAME=VALUE" in fails(OptionError, storage.parse_model_args, ["num_classes"])
     assert "NAME=VALUE" in fails(OptionError, storage.parse_model_args, ["num classes=3"])
@@ -308,9 +304,7 @@ def test_weights_from_safetensors_and_from_a_pickled_module(mynet):
 
 
 def test_a_network_that_is_itself_called_module_keeps_its_prefix(tmp_path, monkeypatch):
-    source = (
-        "from torch import nn\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-    )
+    source = "from torch import nn\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
     (tmp_path / "wrapped_net.py").write_text(source + "        self.module = nn.Linear(2, 2)\n")
     monkeypatch.syspath_prepend(tmp_path)
     net = storage.load("wrapped_net:Net")
@@ -483,9 +477,7 @@ def test_real_archives_of_torch_are_told_apart(tmp_path):
     assert "is a TorchScript archive" in fails(ModelError, storage.load, tmp_path / "net.pt")
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda state: state, lambda state: {"model": {"state_dict": state}, "step": 1}]
-)
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": {"state_dict": state}, "step": 1}])
 def test_a_bare_state_dict_says_how_it_is_used(tmp_path, monkeypatch, wrap):
     monkeypatch.chdir(tmp_path)
     torch.save(wrap(nn.Linear(2, 2).state_dict()), "weights.pt")
@@ -562,9 +554,7 @@ def test_a_file_wins_over_a_name(mynet):
     assert isinstance(storage.load("mynet:Net"), mynet.Net)
 
 
-@pytest.mark.parametrize(
-    "name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "squeezenet1_1", "shufflenet_v2_x0_5"]
-)
+@pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "squeezenet1_1", "shufflenet_v2_x0_5"])
 def test_pickles_of_torchvision(tmp_path, name):
     _there_and_back(storage.load(f"torchvision:{name}"), tmp_path)
 

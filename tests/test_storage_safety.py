@@ -308,9 +308,7 @@ def test_weights_with_foreign_objects_are_read_without_them(tmp_path, own_module
         "settings": own_module.Settings.__new__(own_module.Settings),
     }
     torch.save({"state_dict": net.state_dict(), **rest}, tmp_path / "weights.pt")
-    (tmp_path / "linear_net.py").write_text(
-        "from torch import nn\ndef build():\n    return nn.Linear(2, 3)\n"
-    )
+    (tmp_path / "linear_net.py").write_text("from torch import nn\ndef build():\n    return nn.Linear(2, 3)\n")
     model = storage.load("linear_net:build", weights=tmp_path / "weights.pt")
     torch.testing.assert_close(model.weight, net.weight, rtol=0, atol=0)
     assert not (tmp_path / "ran").exists()

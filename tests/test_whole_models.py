@@ -195,9 +195,7 @@ def test_a_second_rewrite_raises_and_leaves_the_student_alone(network: nn.Module
 
 @EXAMPLES
 @given(network=networks(), name=st.sampled_from(ops.names()), data=st.data())
-def test_the_caller_is_as_before_after_an_exception(
-    network: nn.Module, name: str, data: st.DataObject
-) -> None:
+def test_the_caller_is_as_before_after_an_exception(network: nn.Module, name: str, data: st.DataObject) -> None:
     wrong = data.draw(
         st.sampled_from([{"keep": "x"}, {"options": {"no": 1}}, {"example_inputs": torch.ones(1, 1, 9, 9)}])
     )

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-MODEL_HELP = "torchvision:NAME, timm:NAME, package.module:factory, a pickled module (.pt), or a student that convert wrote."
+MODEL_HELP = (
+    "torchvision:NAME, timm:NAME, package.module:factory, a pickled module (.pt), or a student that convert wrote."
+)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Weights = Annotated[
@@ -27,9 +29,7 @@ InputShape = Annotated[
     str | None,
     typer.Option(metavar="N,C,H,W", help="Shape of an input, such as 1,3,224,224, where it is not known."),
 ]
-To = Annotated[
-    str, typer.Option("--to", metavar="OP", help="What convolutions become; see `convsurgeon ops`.")
-]
+To = Annotated[str, typer.Option("--to", metavar="OP", help="What convolutions become; see `convsurgeon ops`.")]
 Keep = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Leave these convolutions alone: a glob over names. Repeatable."),
@@ -40,15 +40,11 @@ Only = Annotated[
 ]
 Map = Annotated[
     list[str] | None,
-    typer.Option(
-        "--map", metavar="PATTERN=OP", help="Convert these to another op; the last match wins. Repeatable."
-    ),
+    typer.Option("--map", metavar="PATTERN=OP", help="Convert these to another op; the last match wins. Repeatable."),
 ]
 Option = Annotated[
     list[str] | None,
-    typer.Option(
-        "--option", metavar="NAME=VALUE", help="Option of the op: groups=8, or group.groups=8 among several."
-    ),
+    typer.Option("--option", metavar="NAME=VALUE", help="Option of the op: groups=8, or group.groups=8 among several."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
@@ -60,9 +56,7 @@ Data = Annotated[
     ),
 ]
 DataRoot = Annotated[Path | None, typer.Option(help="Where downloaded data sets lie; ./data by default.")]
-Size = Annotated[
-    str | None, typer.Option(metavar="H[,W]", help="Image size; by default what the model's source says.")
-]
+Size = Annotated[str | None, typer.Option(metavar="H[,W]", help="Image size; by default what the model's source says.")]
 Mean = Annotated[str | None, typer.Option(metavar="M[,M,M]", help="Mean per channel, in 0..1.")]
 Std = Annotated[str | None, typer.Option(metavar="S[,S,S]", help="Standard deviation per channel, in 0..1.")]
 Color = Annotated[str | None, typer.Option(metavar="rgb|gray", help="Color of the images.")]

@@ -54,9 +54,7 @@ class Drawing:
             from rich.progress import Progress as Bar
 
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
-            self._bar = Bar(
-                *columns, TextColumn("{task.fields[note]}"), console=self._console, transient=True
-            )
+            self._bar = Bar(*columns, TextColumn("{task.fields[note]}"), console=self._console, transient=True)
             self._bar.start()
         return self
 
@@ -161,21 +159,15 @@ def draw_comparison(comparison: Comparison, *, ended: float | None = None) -> Ta
         table.add_row("  with one-hot taps", big(before.counted_macs), big(after.counted_macs), counted)
     if before.converted_macs is not None and after.converted_macs is not None:
         ratio = fewer(before.converted_macs, after.converted_macs)
-        table.add_row(
-            "  converted convolutions", big(before.converted_macs), big(after.converted_macs), ratio
-        )
+        table.add_row("  converted convolutions", big(before.converted_macs), big(after.converted_macs), ratio)
     sizes = before.delivery.bytes, after.delivery.bytes
     table.add_row("ONNX file", *(f"{size / 1e6:.3f} MB" for size in sizes), fewer(*sizes))
     if before.accuracy is not None and after.accuracy is not None:
         points = f"{100 * (after.accuracy - before.accuracy):+.2f} points"
-        table.add_row(
-            "test accuracy", f"{100 * before.accuracy:.2f} %", f"{100 * after.accuracy:.2f} %", points
-        )
+        table.add_row("test accuracy", f"{100 * before.accuracy:.2f} %", f"{100 * after.accuracy:.2f} %", points)
     if ended is not None and before.accuracy is not None:
         points = f"{100 * (ended - before.accuracy):+.2f} points"
-        table.add_row(
-            "  teacher as it ended", f"{100 * before.accuracy:.2f} %", f"{100 * ended:.2f} %", points
-        )
+        table.add_row("  teacher as it ended", f"{100 * before.accuracy:.2f} %", f"{100 * ended:.2f} %", points)
     if after.agreement is not None:
         table.add_row("agrees with the teacher", "", f"{100 * after.agreement:.2f} %", "")
     for threads, latency in before.latency.items():

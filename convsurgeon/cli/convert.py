@@ -47,9 +47,7 @@ def run(
     from convsurgeon.surgery import rewrite, survey
 
     if plan is not None and any((to, keep, only, mapping, option)):
-        raise OptionError(
-            "--plan is carried out as it is; leave out --to, --keep, --only, --map and --option"
-        )
+        raise OptionError("--plan is carried out as it is; leave out --to, --keep, --only, --map and --option")
     ready = read_plan(plan) if plan is not None else None
     network = load_model(model, weights=weights, model_arg=model_arg, trust=trust, trust_module=trust_module)
     example = example_for(network, input_shape)
@@ -83,11 +81,7 @@ def run(
 def _costs(network: Any, student: Any, the_plan: Plan, found: Survey) -> dict[str, Any]:
     from convsurgeon.surgery import cost_of, count_params, totals
 
-    pairs = (
-        zip(found.sites, the_plan.decisions, strict=True)
-        if len(found.sites) == len(the_plan.decisions)
-        else ()
-    )
+    pairs = zip(found.sites, the_plan.decisions, strict=True) if len(found.sites) == len(the_plan.decisions) else ()
     return {
         "params": {"before": count_params(network), "after": count_params(student)},
         "convolutions": asdict(totals(the_plan, found)),

@@ -19,9 +19,7 @@ def run(
     seed: Annotated[int, typer.Option()] = 0,
     threads: Annotated[
         int,
-        typer.Option(
-            min=1, help="Processor threads to train with; images of 8x8 pixels gain nothing from more."
-        ),
+        typer.Option(min=1, help="Processor threads to train with; images of 8x8 pixels gain nothing from more."),
     ] = 1,
     json: arguments.Json = False,
 ) -> None:

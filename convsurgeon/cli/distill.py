@@ -32,25 +32,17 @@ def run(
     mean: arguments.Mean = None,
     std: arguments.Std = None,
     color: arguments.Color = None,
-    val_fraction: Annotated[
-        float, typer.Option(help="Share of the training images held out to choose by.")
-    ] = 0.1,
-    method: Annotated[
-        str, typer.Option(help="joint, frozen, ensemble, or another file of methods/.")
-    ] = "joint",
+    val_fraction: Annotated[float, typer.Option(help="Share of the training images held out to choose by.")] = 0.1,
+    method: Annotated[str, typer.Option(help="joint, frozen, ensemble, or another file of methods/.")] = "joint",
     method_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Repeatable.")] = None,
     objective: Annotated[str, typer.Option(help="kd, or another file of objectives/.")] = "kd",
-    objective_option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Repeatable.")
-    ] = None,
+    objective_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Repeatable.")] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 5,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
     learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 0.1,
     weight_decay: Annotated[float, typer.Option()] = 5e-4,
     seed: Annotated[int, typer.Option()] = 0,
-    augment: Annotated[
-        bool, typer.Option(help="Random shifts, and mirror images where the data allow.")
-    ] = True,
+    augment: Annotated[bool, typer.Option(help="Random shifts, and mirror images where the data allow.")] = True,
     device: Annotated[
         str | None, typer.Option(metavar="cpu|cuda", help="Where to train; a GPU if there is one.")
     ] = None,
@@ -58,9 +50,7 @@ def run(
     threads: arguments.Threads = None,
     limit_batches: arguments.LimitBatches = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events too.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="RUN", help="The run folder.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="RUN", help="The run folder.")] = None,
     resume: Annotated[
         Path | None,
         typer.Option(metavar="RUN", help="Go on with the run in this folder; nothing else is needed."),
@@ -75,10 +65,8 @@ def run(
     from convsurgeon.cli._models import set_threads
     from convsurgeon.files import make_folder, write_text
 
-    said = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in locals().items()
-        if key in _SAID
+    said: dict[str, Any] = {
+        key: str(value) if isinstance(value, Path) else value for key, value in locals().items() if key in _SAID
     }
     if resume is not None:
         if teacher is not None:
@@ -130,9 +118,7 @@ class _Prepared:
         self.said = said
         torch.manual_seed(said["seed"])  # random weights are the same when the run is resumed
         trust = {"trust": said["trust"], "trust_module": said["trust_module"]}
-        self.teacher = load_model(
-            said["teacher"], weights=said["weights"], model_arg=said["model_arg"], **trust
-        )
+        self.teacher = load_model(said["teacher"], weights=said["weights"], model_arg=said["model_arg"], **trust)
         self.student = self._student(trusted(said["teacher"], said["trust_module"]))
         base = preprocessing_of(self.teacher) or preprocessing_of(self.student)
         look = {key: said[key] for key in ("size", "mean", "std", "color", "val_fraction", "seed")}
@@ -149,9 +135,7 @@ class _Prepared:
         if said["student"] is None:
             return rewrite(self.teacher, said["to"], **choice)
         if any(choice.values()):
-            raise OptionError(
-                "--keep, --only, --map and --option are for converting; the student is converted already"
-            )
+            raise OptionError("--keep, --only, --map and --option are for converting; the student is converted already")
         return load_model(said["student"], trust=said["trust"], trust_module=admitted)
 
     def _example(self) -> Any:
@@ -230,9 +214,7 @@ class _Prepared:
         )
         ended = None
         if result.teacher is not None and judge is not None:
-            ended = evaluate(
-                result.teacher, judge, limit_batches=said["limit_batches"], report=report
-            ).accuracy
+            ended = evaluate(result.teacher, judge, limit_batches=said["limit_batches"], report=report).accuracy
         figures = {
             "run": str(folder),
             "student_file": str(file),
@@ -255,9 +237,7 @@ def _read_command(folder: Path) -> dict[str, Any]:
     try:
         said: dict[str, Any] = json_module.loads((folder / _COMMAND).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DistillationError(
-            f"{folder} holds no run that the command line started: no {_COMMAND}"
-        ) from error
+        raise DistillationError(f"{folder} holds no run that the command line started: no {_COMMAND}") from error
     missing = [key for key in _SAID if key not in said]
     if missing:
         raise DistillationError(f"{folder / _COMMAND} is of another version: it lacks {missing[0]!r}")

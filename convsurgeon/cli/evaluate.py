@@ -16,9 +16,7 @@ from convsurgeon.errors import DataError
 def run(
     model: Annotated[str, typer.Argument(metavar="MODEL|FILE.onnx", help=arguments.MODEL_HELP)],
     data: arguments.Data = None,
-    teacher: Annotated[
-        str | None, typer.Option(metavar="MODEL|FILE.onnx", help="Compare its answers too.")
-    ] = None,
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL|FILE.onnx", help="Compare its answers too.")] = None,
     split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
     data_root: arguments.DataRoot = None,
     size: arguments.Size = None,
@@ -29,9 +27,7 @@ def run(
     limit_batches: arguments.LimitBatches = None,
     threads: arguments.Threads = None,
     weights: arguments.Weights = None,
-    teacher_weights: Annotated[
-        str | None, typer.Option(metavar="FILE|DEFAULT", help="Weights of the teacher.")
-    ] = None,
+    teacher_weights: Annotated[str | None, typer.Option(metavar="FILE|DEFAULT", help="Weights of the teacher.")] = None,
     model_arg: arguments.ModelArg = None,
     trust: arguments.Trust = False,
     trust_module: arguments.TrustModule = None,

@@ -35,9 +35,7 @@ def run(
     color: arguments.Color = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Time with 1 and with so many threads.")] = None,
     weights: arguments.Weights = None,
-    teacher_weights: Annotated[
-        str | None, typer.Option(metavar="FILE|DEFAULT", help="Weights of the teacher.")
-    ] = None,
+    teacher_weights: Annotated[str | None, typer.Option(metavar="FILE|DEFAULT", help="Weights of the teacher.")] = None,
     model_arg: arguments.ModelArg = None,
     trust: arguments.Trust = False,
     trust_module: arguments.TrustModule = None,
@@ -60,9 +58,7 @@ def run(
             data, preprocessing_of(network), root=data_root, size=size, mean=mean, std=std, color=color
         )
         source: Any = splits.test or splits.val or splits.train
-        images = (
-            source if hasattr(source, "batch_size") else make_loader(source, batch_size=16, shuffle=False)
-        )
+        images = source if hasattr(source, "batch_size") else make_loader(source, batch_size=16, shuffle=False)
         if input_shape is None:
             example = next(iter(images))[0][:1]
     if example is None:
@@ -103,9 +99,7 @@ def _draw(delivery: Delivery, timings: list[Latency]) -> None:
             f"median {timing.median_ms:.3f} ms of {timing.runs} "
             f"(10th to 90th percentile {timing.low_ms:.3f} to {timing.high_ms:.3f})"
         )
-    by_threads = {
-        threads: [t for t in timings if t.threads == threads] for threads in {t.threads for t in timings}
-    }
+    by_threads = {threads: [t for t in timings if t.threads == threads] for threads in {t.threads for t in timings}}
     for threads, pair in sorted(by_threads.items()):
         if len(pair) == 2:
             out.print(f"teacher / student, {threads} threads: {pair[0].median_ms / pair[1].median_ms:.2f}x")

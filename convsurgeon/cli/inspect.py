@@ -92,6 +92,4 @@ def _draw(found: Survey, rows: list[dict[str, Any]]) -> None:
     else:
         say("sizes and MACs need an input's shape: --input-shape 1,3,224,224")
     for fqn, reason in found.untraced:
-        say(
-            f"note: torch.fx could not trace {fqn} ({reason[:120]}); its convolutions were found all the same"
-        )
+        say(f"note: torch.fx could not trace {fqn} ({reason[:120]}); its convolutions were found all the same")

@@ -25,6 +25,6 @@ def run(json: arguments.Json = False) -> None:
         return
     table = Table("op", "structure", "options", "reference")
     for row in rows:
-        options = "\n".join(f"{key}={value}" for key, value in row["options"].items())
-        table.add_row(str(row["name"]), str(row["structure"]), options, str(row["reference"]))
+        shown = "\n".join(f"{key}={value}" for key, value in row["options"].items())
+        table.add_row(str(row["name"]), str(row["structure"]), shown, str(row["reference"]))
     console().print(table)

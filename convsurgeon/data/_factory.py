@@ -31,9 +31,7 @@ def load_from_factory(name: str) -> DataSplits:
     if not isinstance(made, tuple | list) or len(made) not in (2, 3):
         raise DataError(f"{name} returned {_kind(made)}; expected {_EXPECTED}")
     parts = ("train", "val", "test")[: len(made)]
-    train, val, *test = [
-        _images(f"{name} ({part})", each, part) for part, each in zip(parts, made, strict=True)
-    ]
+    train, val, *test = [_images(f"{name} ({part})", each, part) for part, each in zip(parts, made, strict=True)]
     if train is None:
         raise DataError(f"{name} returned None in place of the training data; expected {_EXPECTED}")
     return DataSplits(
@@ -58,9 +56,7 @@ def _call(name: str) -> Any:
         factory = getattr(factory, part, None)
     if not callable(factory):
         found = "has no" if factory is None else "has no function"
-        raise DataError(
-            f"data {name!r}: {module_name} {found} {attribute!r}; expected a function without arguments"
-        )
+        raise DataError(f"data {name!r}: {module_name} {found} {attribute!r}; expected a function without arguments")
     try:
         return factory()
     except Exception as error:

@@ -31,9 +31,7 @@ class _Listing:
         return ImageSet(pictures, self.labels, classes=self.classes, preprocessing=preprocessing)
 
 
-def load_folder(
-    folder: Path, *, name: str, preprocessing: Preprocessing, val_fraction: float, seed: int
-) -> DataSplits:
+def load_folder(folder: Path, *, name: str, preprocessing: Preprocessing, val_fraction: float, seed: int) -> DataSplits:
     """Read `train`, `test` and `val` inside `folder`, or divide its class folders 80/10/10.
 
     Without a `test` folder `val` is the test split, and the validation images come out of `train`.
@@ -100,9 +98,7 @@ def _list_pictures(folder: Path) -> _Listing:
 
     classes = _subfolders(folder)
     if not classes:
-        raise DataError(
-            f"{folder} has no class folders; put each class's pictures into a subfolder of its own"
-        )
+        raise DataError(f"{folder} has no class folders; put each class's pictures into a subfolder of its own")
     numbers = {name: number for number, name in enumerate(classes)}
     found = make_dataset(folder, numbers, is_valid_file=is_picture, allow_empty=True)
     empty = set(classes) - {classes[number] for _, number in found}
@@ -122,9 +118,7 @@ def _check_same_classes(train: _Listing, other: _Listing) -> None:
     if missing or extra:
         parts = [f"{other.folder} lacks {_quoted(missing)}"] if missing else []
         parts += [f"{train.folder} lacks {_quoted(extra)}"] if extra else []
-        raise DataError(
-            f"the splits differ in their classes: {', and '.join(parts)}; give both the same folders"
-        )
+        raise DataError(f"the splits differ in their classes: {', and '.join(parts)}; give both the same folders")
 
 
 def _subfolders(folder: Path) -> list[str]:

@@ -118,8 +118,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             raise DataError(f"{len(pictures)} images need as many labels, got shape {tuple(labels.shape)}")
         if labels.min() < 0 or labels.max() >= len(classes):
             raise DataError(
-                f"labels run from {int(labels.min())} to {int(labels.max())},"
-                f" but there are {len(classes)} classes"
+                f"labels run from {int(labels.min())} to {int(labels.max())}, but there are {len(classes)} classes"
             )
         self._pictures: Pictures = pictures
         self._positions = torch.arange(len(pictures))

@@ -87,9 +87,7 @@ def _unpack(packed: Path, raw: Path) -> None:
             with gzip.open(packed / f"{name}.gz") as source, open(raw / name, "wb") as target:
                 shutil.copyfileobj(source, target)
         except (OSError, EOFError) as error:
-            raise DataError(
-                f"{packed / name}.gz cannot be unpacked: {one_line(error)}; get it anew"
-            ) from error
+            raise DataError(f"{packed / name}.gz cannot be unpacked: {one_line(error)}; get it anew") from error
 
 
 def _read_cifar10(root: Path) -> Raw:
@@ -107,9 +105,7 @@ def _read_cifar100(root: Path) -> Raw:
 def _read_cifar(name: str, kind: Any, root: Path) -> Raw:
     way_out = f"torchvision.datasets.{kind.__name__}('{root}', download=True)"
     if not (root / kind.base_folder).is_dir():
-        raise DataError(
-            f"{name} is not under {root}; get it with {way_out}, or name its folder with --data-root"
-        )
+        raise DataError(f"{name} is not under {root}; get it with {way_out}, or name its folder with --data-root")
     return _from_torchvision(name, kind, root)
 
 
@@ -133,9 +129,7 @@ def _tensors(part: Any) -> tuple[Tensor, Tensor]:
 
 NAMED: dict[str, NamedSet] = {
     "digits": NamedSet(Preprocessing((8, 8), (0.305,), (0.376,), color="gray"), False, _read_digits),
-    "fashion-mnist": NamedSet(
-        Preprocessing((28, 28), (0.2860,), (0.3530,), color="gray"), True, _read_fashion_mnist
-    ),
+    "fashion-mnist": NamedSet(Preprocessing((28, 28), (0.2860,), (0.3530,), color="gray"), True, _read_fashion_mnist),
     "cifar10": NamedSet(
         Preprocessing((32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)), True, _read_cifar10
     ),

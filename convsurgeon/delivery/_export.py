@@ -94,9 +94,7 @@ def export(
     entries = compose_metadata(read_record(student), metadata)
 
     def say(done: int) -> None:
-        report(
-            Progress("export", done, len(_STAGES), message=_STAGES[done] if done < len(_STAGES) else "done")
-        )
+        report(Progress("export", done, len(_STAGES), message=_STAGES[done] if done < len(_STAGES) else "done"))
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         say(0)
@@ -128,9 +126,7 @@ def _portable(student: nn.Module) -> nn.Module:
     tensors = [*student.parameters(), *student.buffers()]
     size = sum(tensor.numel() * 4 for tensor in tensors)
     if size > _LARGEST_FILE:
-        raise ExportError(
-            f"the weights take {size / 1e9:.1f} GB in float32; one ONNX file holds less than 2 GB"
-        )
+        raise ExportError(f"the weights take {size / 1e9:.1f} GB in float32; one ONNX file holds less than 2 GB")
     try:
         return copy.deepcopy(student).cpu().float().eval()
     except Exception as error:  # whatever a foreign module's __deepcopy__ or _apply raises
@@ -185,9 +181,7 @@ def _trace(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     failures = []
     for strict in (False, True):
         try:
-            return torch.export.export(
-                model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=strict
-            )
+            return torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=strict)
         except Exception as error:  # as above
             failures.append(error)
     raise failures[0]
@@ -197,9 +191,7 @@ def _name_batch(proto: onnx.ModelProto) -> None:
     """Call the free dimension `batch`, where the exporter says `s77`."""
     graph = proto.graph
     fields = [*graph.input, *graph.output, *graph.value_info]
-    symbol = next(
-        (dim.dim_param for entry in graph.input for dim in entry.type.tensor_type.shape.dim[:1]), ""
-    )
+    symbol = next((dim.dim_param for entry in graph.input for dim in entry.type.tensor_type.shape.dim[:1]), "")
     for dim in (dim for entry in fields for dim in entry.type.tensor_type.shape.dim):
         if symbol and dim.dim_param == symbol:
             dim.dim_param = "batch"

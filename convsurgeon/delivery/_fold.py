@@ -56,9 +56,7 @@ def _readers(graph: onnx.GraphProto) -> Counter[str]:
     inside = Counter(name for node in graph.node for name in node.input)
     # a subgraph reads the names of its parent: count every mention as one reader
     nested = (attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g"))
-    return sum(
-        (_readers(subgraph) for subgraph in nested), inside + Counter(out.name for out in graph.output)
-    )
+    return sum((_readers(subgraph) for subgraph in nested), inside + Counter(out.name for out in graph.output))
 
 
 def _is_training(norm: onnx.NodeProto) -> bool:

@@ -37,9 +37,7 @@ class Inputs:
     def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         """Return the call with every batched tensor changed."""
         return Inputs(
-            *pytree.tree_map(
-                lambda leaf: change(leaf) if is_batched(leaf) else leaf, (self.args, self.kwargs)
-            )
+            *pytree.tree_map(lambda leaf: change(leaf) if is_batched(leaf) else leaf, (self.args, self.kwargs))
         )
 
     def resized(self, batch: int) -> Inputs:

@@ -111,10 +111,7 @@ def ratio(latencies: Sequence[Latency], before: str, after: str, *, threads: int
         if name not in medians:
             raise ExportError(
                 f"{name!r} was not timed with threads={threads}; timed: "
-                + (
-                    ", ".join(f"{latency.name!r} with {latency.threads}" for latency in latencies)
-                    or "nothing"
-                )
+                + (", ".join(f"{latency.name!r} with {latency.threads}" for latency in latencies) or "nothing")
             )
     return medians[before] / medians[after]
 
@@ -125,8 +122,7 @@ def _feed(opened: onnxruntime.InferenceSession, batch_size: int, name: str) -> d
     feed = {}
     for entry in opened.get_inputs():
         shape = [
-            batch_size if index == 0 and not isinstance(size, int) else size
-            for index, size in enumerate(entry.shape)
+            batch_size if index == 0 and not isinstance(size, int) else size for index, size in enumerate(entry.shape)
         ]
         if any(not isinstance(size, int) for size in shape) or entry.type not in _DTYPES:
             raise ExportError(
@@ -134,9 +130,7 @@ def _feed(opened: onnxruntime.InferenceSession, batch_size: int, name: str) -> d
                 "every size but the batch must be a number"
             )
         if shape and shape[0] != batch_size:
-            raise ExportError(
-                f"{name}: the file's batch size is fixed to {shape[0]}; batch_size is {batch_size}"
-            )
+            raise ExportError(f"{name}: the file's batch size is fixed to {shape[0]}; batch_size is {batch_size}")
         feed[entry.name] = _draw(generator, shape, _DTYPES[entry.type])
     return feed
 

@@ -160,8 +160,7 @@ def _compare(
 def _difference(ours: Tensor, theirs: Tensor, *, name: str, where: str) -> tuple[float, float]:
     if ours.shape != theirs.shape:
         raise ParityError(
-            f"output {name!r} {where}: onnxruntime gives {_shape(theirs)}, PyTorch {_shape(ours)}; "
-            "no file was written"
+            f"output {name!r} {where}: onnxruntime gives {_shape(theirs)}, PyTorch {_shape(ours)}; no file was written"
         )
     if not ours.numel():
         return 0.0, 0.0
@@ -188,8 +187,7 @@ def _run(session: onnxruntime.InferenceSession, trial: Trial) -> Sequence[Tensor
         return [torch.from_numpy(array) for array in session.run(None, feed)]
     except Exception as error:  # onnxruntime's classes share no base below Exception
         raise ParityError(
-            f"onnxruntime cannot run the file on a batch of {trial.batch} ({one_line(error)}); "
-            "no file was written"
+            f"onnxruntime cannot run the file on a batch of {trial.batch} ({one_line(error)}); no file was written"
         ) from error
 
 

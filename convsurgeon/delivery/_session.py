@@ -36,9 +36,7 @@ def session(path: str | Path, *, threads: int = 0) -> onnxruntime.InferenceSessi
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's classes share no base below Exception
-        raise ExportError(
-            f"{path} is not an ONNX file that onnxruntime can run ({one_line(error)})"
-        ) from error
+        raise ExportError(f"{path} is not an ONNX file that onnxruntime can run ({one_line(error)})") from error
 
 
 def read_metadata(opened: onnxruntime.InferenceSession) -> dict[str, str]:

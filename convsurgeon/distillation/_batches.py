@@ -40,9 +40,7 @@ def _loader_of(train: Dataset[Any], batch_size: int) -> DataLoader[Any]:
         raise DataError(_NO_BATCH)
     # a last batch of one image would fail in a batch norm
     whole = length >= batch_size
-    return DataLoader(
-        train, batch_size=batch_size, shuffle=True, drop_last=whole, generator=torch.Generator()
-    )
+    return DataLoader(train, batch_size=batch_size, shuffle=True, drop_last=whole, generator=torch.Generator())
 
 
 def first_batch(
@@ -98,9 +96,7 @@ def _width(network: nn.Module, images: Tensor, who: str) -> int:
         shape = "x".join(str(size) for size in images.shape[1:])
         raise DataError(f"the {who} cannot take the training images of {shape}: {one_line(error)}") from error
     if logits.dim() != 2:
-        raise DataError(
-            f"the {who} answers with shape {tuple(logits.shape)}; expected a row of class scores an image"
-        )
+        raise DataError(f"the {who} answers with shape {tuple(logits.shape)}; expected a row of class scores an image")
     return int(logits.shape[1])
 
 

@@ -76,8 +76,7 @@ def split_at_features(model: nn.Module, sample: Tensor) -> FeatureSplit:
         raise DistillationError(f"ensemble: {name} has no feature map before its classifier; {_ADVICE}")
     if len(shape) != 4:
         raise DistillationError(
-            f"ensemble: before its classifier {name} has a tensor of shape {shape}, "
-            f"expected a feature map; {_ADVICE}"
+            f"ensemble: before its classifier {name} has a tensor of shape {shape}, expected a feature map; {_ADVICE}"
         )
     end = chain[0] if chain else node
     pooling = _between(network, node, end)

@@ -217,9 +217,7 @@ class _Run:
             self._note(folder, {"event": "start", "teacher_accuracy": self.teacher_before})
         for epoch in range(state.step // self.steps_per_epoch, self.config.epochs):
             self.module.train()
-            watch = Watch(
-                self.report, self.steps, epoch=epoch + 1, epochs=self.config.epochs, done=state.step
-            )
+            watch = Watch(self.report, self.steps, epoch=epoch + 1, epochs=self.config.epochs, done=state.step)
             for images, labels in self._batches(epoch, skip=state.step - epoch * self.steps_per_epoch):
                 lesson = self._step(images, labels)
                 state.step += 1

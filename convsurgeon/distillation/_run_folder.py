@@ -27,17 +27,14 @@ class RunFolder:
             or if the settings differ.
     """
 
-    def __init__(
-        self, path: str | Path, config: Mapping[str, Any], *, resume: bool, tensorboard: bool = False
-    ) -> None:
+    def __init__(self, path: str | Path, config: Mapping[str, Any], *, resume: bool, tensorboard: bool = False) -> None:
         self.path = Path(path)
         config = json.loads(json.dumps({"version": _VERSION, **config}))
         if resume:
             _check_same(self.read_config(self.path), config, self.path)
         elif (self.path / "config.json").exists():
             raise DistillationError(
-                f"{self.path} holds a run already; go on with it by --resume {self.path}, "
-                "or choose another folder"
+                f"{self.path} holds a run already; go on with it by --resume {self.path}, or choose another folder"
             )
         make_folder(self.path)
         self._writer = _tensorboard_writer(self.path) if tensorboard else None

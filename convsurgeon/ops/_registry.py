@@ -5,7 +5,5 @@ from convsurgeon.registry import Registry
 
 ENTRY_POINT_GROUP = "convsurgeon.ops"
 
-_registry: Registry[type[AbstractCheapConv]] = Registry(
-    "op", "convsurgeon.ops", entry_points=ENTRY_POINT_GROUP
-)
+_registry: Registry[type[AbstractCheapConv]] = Registry("op", "convsurgeon.ops", entry_points=ENTRY_POINT_GROUP)
 register, names, get = _registry.register, _registry.names, _registry.get

@@ -67,9 +67,7 @@ class GroupConv2d(AbstractSpatialPointwise):
     @classmethod
     def spatial_groups(cls, spec: ConvSpec, options: Any) -> int:
         """Return the largest divisor of the input channels that is at most `groups`."""
-        return max(
-            g for g in range(1, min(options.groups, spec.in_channels) + 1) if spec.in_channels % g == 0
-        )
+        return max(g for g in range(1, min(options.groups, spec.in_channels) + 1) if spec.in_channels % g == 0)
 
     def init_from(self, weight: Tensor, bias: Tensor | None) -> None:
         """Fit both parts to a dense kernel, group by group.

@@ -93,9 +93,7 @@ class Admission:
         try:
             found: type = getattr(importlib.import_module(module), attribute)
         except Exception as error:  # importing runs the code of a package that the user trusts
-            raise ModelError(
-                f"{self._path} needs {name}, which cannot be found here: {one_line(error)}"
-            ) from error
+            raise ModelError(f"{self._path} needs {name}, which cannot be found here: {one_line(error)}") from error
         return found
 
 
@@ -131,22 +129,16 @@ def refusal(path: Path, names: Sequence[str]) -> UntrustedFileError:
     missing = [name for name in names if not _may_be_module_class(name)]
     if missing:
         return UntrustedFileError(
-            f"{path} would use {shown}, which can run any code; nothing was run. "
-            "Only if you know who made it: --trust"
+            f"{path} would use {shown}, which can run any code; nothing was run. Only if you know who made it: --trust"
         )
     flags = " ".join(f"--trust-module {prefix}" for prefix in _common_prefixes(names))
-    return UntrustedFileError(
-        f"{path} holds {shown}, not yet allowed; if you trust that code: {flags}, or --trust"
-    )
+    return UntrustedFileError(f"{path} holds {shown}, not yet allowed; if you trust that code: {flags}, or --trust")
 
 
 def _may_be_module_class(name: str) -> bool:
     """Whether `--trust-module` could help; nothing is imported to find out."""
     module, _, attribute = name.rpartition(".")
-    if (
-        any(is_under(module, prefix) for prefix in PREFIXES)
-        or module.split(".")[0] in sys.stdlib_module_names
-    ):
+    if any(is_under(module, prefix) for prefix in PREFIXES) or module.split(".")[0] in sys.stdlib_module_names:
         return False
     return module not in sys.modules or is_module_class(getattr(sys.modules[module], attribute, None), name)
 

@@ -27,9 +27,7 @@ def save_checkpoint(state: Mapping[str, Any], path: Path) -> Path:
     def write(temporary: Path) -> None:
         torch.save(dict(state), temporary)
         if strange := get_unsafe_globals_in_checkpoint(temporary):
-            raise ModelError(
-                f"{path}: a checkpoint holds tensors and plain data, not {', '.join(sorted(strange))}"
-            )
+            raise ModelError(f"{path}: a checkpoint holds tensors and plain data, not {', '.join(sorted(strange))}")
 
     try:
         return write_atomically(path, write)

@@ -32,9 +32,7 @@ def identify(path: Path) -> Kind:
         raise ModelError(f"{path} is empty; copy or save it again")
     head = _first_bytes(path)
     if path.suffix == ".onnx" or _is_onnx(path, head):
-        raise ModelError(
-            f"{path} is an ONNX file, which has no PyTorch modules; give the model it was exported from"
-        )
+        raise ModelError(f"{path} is an ONNX file, which has no PyTorch modules; give the model it was exported from")
     if head.startswith(b"PK\x03\x04"):
         return _identify_archive(path)
     if head.startswith(_LEGACY_MAGIC):
@@ -44,9 +42,7 @@ def identify(path: Path) -> Kind:
     if _is_safetensors(head, size):
         return Kind.SAFETENSORS
     if path.suffix == ".safetensors":
-        raise ModelError(
-            f"{path} is truncated or damaged: its safetensors header is cut; copy or save it again"
-        )
+        raise ModelError(f"{path} is truncated or damaged: its safetensors header is cut; copy or save it again")
     if head.startswith(b"\x80"):
         raise ModelError(f"{path} is a pickle that torch.save did not write; save the model with torch.save")
     raise ModelError(
@@ -106,9 +102,7 @@ def _identify_archive(path: Path) -> Kind:
             "give the model it was made from, as a pickled module or by name"
         )
     if "data.pkl" not in names:
-        raise ModelError(
-            f"{path} is a zip archive, and no model that torch.save wrote; give the model file itself"
-        )
+        raise ModelError(f"{path} is a zip archive, and no model that torch.save wrote; give the model file itself")
     return Kind.ARCHIVE
 
 

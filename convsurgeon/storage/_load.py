@@ -60,15 +60,11 @@ def load(
     architecture = None if isinstance(source, Path) or os.path.exists(source) else parse_name(source)
     if architecture is not None:
         args = dict(model_args or {})
-        return _load_name(
-            architecture, weights, args=args, trust=trust, trust_modules=trust_modules, report=report
-        )
+        return _load_name(architecture, weights, args=args, trust=trust, trust_modules=trust_modules, report=report)
     path = Path(source)
     if weights is not None or model_args:
         what = "--weights" if weights is not None else "--model-arg"
-        raise OptionError(
-            f"{what} goes with an architecture such as torchvision:resnet18, not with the file {path}"
-        )
+        raise OptionError(f"{what} goes with an architecture such as torchvision:resnet18, not with the file {path}")
     return _load_file(path, trust=trust, trust_modules=trust_modules)
 
 
@@ -94,11 +90,7 @@ def _load_name(
         state = read_weights(path, trust=trust, trust_modules=trust_modules)
         model, used = build_with(architecture, args, state, where=path)
         if used != args:
-            report(
-                Progress(
-                    "load", message=f"{source} was built with the {used['num_classes']} classes of {path}"
-                )
-            )
+            report(Progress("load", message=f"{source} was built with the {used['num_classes']} classes of {path}"))
         args = used
     update_record(model, source=_as_record(source, args), **architecture.input_facts(model, args))
     return model
@@ -126,9 +118,7 @@ def _load_file(path: Path, *, trust: bool, trust_modules: Sequence[str]) -> nn.M
     if refused:
         raise refusal(path, refused)
     if not isinstance(found, nn.Module):
-        raise ModelError(
-            f"{path} holds {describe(found)}, not an nn.Module; save the model itself with torch.save"
-        )
+        raise ModelError(f"{path} holds {describe(found)}, not an nn.Module; save the model itself with torch.save")
     if "source" not in _checked_record(path, found):
         update_record(found, source={"file": path.name})
     return found

@@ -84,12 +84,8 @@ def _check_tree(path: Path, root: nn.Module) -> None:
         module = todo.pop()
         for attribute, kind in kinds.items():
             parts = module.__dict__.get(attribute)
-            if not isinstance(parts, dict) or not all(
-                p is None or isinstance(p, kind) for p in parts.values()
-            ):
-                raise ModelError(
-                    f"{path} is damaged: a {type(module).__name__} in it has no proper {attribute}"
-                )
+            if not isinstance(parts, dict) or not all(p is None or isinstance(p, kind) for p in parts.values()):
+                raise ModelError(f"{path} is damaged: a {type(module).__name__} in it has no proper {attribute}")
         children = {child for child in module._modules.values() if child is not None} - seen
         seen |= children
         todo += children

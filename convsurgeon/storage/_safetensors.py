@@ -43,9 +43,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         for alias, name in json.loads(metadata.get(_ALIASES, "{}")).items():
             tensors[alias] = tensors[name]
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(
-            f"{path} is truncated or damaged ({one_line(error)}); copy or save it again"
-        ) from error
+        raise ModelError(f"{path} is truncated or damaged ({one_line(error)}); copy or save it again") from error
     return tensors, metadata
 
 

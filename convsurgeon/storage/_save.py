@@ -29,9 +29,7 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False) -> Path:
     """
     path = Path(path)
     if path.suffix not in (*_PICKLED, _NAMED):
-        raise ModelError(
-            f"{path}: a model is saved as .safetensors (name, plan and weights) or .pt (pickled module)"
-        )
+        raise ModelError(f"{path}: a model is saved as .safetensors (name, plan and weights) or .pt (pickled module)")
     if path.suffix == _NAMED and not _has_name(model):
         raise ModelError(
             f"{path}: .safetensors is for models built from a name with plain arguments, and this "

@@ -25,9 +25,7 @@ def write_student(model: nn.Module, path: Path) -> None:
     """Write the tensors of a model that was built from a name, and its record."""
     tensors = dict(model.state_dict())
     if strange := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
-        raise ModelError(
-            f"{strange[0]} of {type(model).__name__} is no tensor; save it as a pickled module (.pt)"
-        )
+        raise ModelError(f"{strange[0]} of {type(model).__name__} is no tensor; save it as a pickled module (.pt)")
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     metadata = {
         "format": _FORMAT,
@@ -73,17 +71,13 @@ def _parse(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], str
         name, args = source["name"], source.get("args", {})
         frozen = json.loads(metadata.get("frozen", "[]"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(
-            f"{path} is damaged: its record names no architecture; save the student again"
-        ) from error
+        raise ModelError(f"{path} is damaged: its record names no architecture; save the student again") from error
     if not (isinstance(name, str) and isinstance(args, dict) and isinstance(frozen, list)):
         raise ModelError(f"{path} is damaged: its record names no architecture; save the student again")
     return record, name, args, set(map(str, frozen))
 
 
-def _build(
-    path: Path, name: str, args: Mapping[str, Any], *, trust: bool, trust_modules: Sequence[str]
-) -> nn.Module:
+def _build(path: Path, name: str, args: Mapping[str, Any], *, trust: bool, trust_modules: Sequence[str]) -> nn.Module:
     architecture = parse_name(name)
     if architecture is None:
         raise ModelError(f"{path} is damaged: {name!r} in its record is no architecture")

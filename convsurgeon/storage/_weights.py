@@ -75,9 +75,7 @@ def describe(found: Any) -> str:
     """Say what a file held: its type, and a dict's keys."""
     if isinstance(found, Mapping):
         keys = ", ".join(str(key)[:40] for key in list(found)[:5])
-        return (
-            f"a {type(found).__name__} with the keys {keys}" if keys else f"an empty {type(found).__name__}"
-        )
+        return f"a {type(found).__name__} with the keys {keys}" if keys else f"an empty {type(found).__name__}"
     return f"a {type(found).__name__}"
 
 
@@ -147,8 +145,7 @@ class Gaps:
 
     def __str__(self) -> str:
         sizes = [
-            f"{name}: {_size(file)} in the file, {_size(model)} in the model"
-            for name, file, model in self.resized
+            f"{name}: {_size(file)} in the file, {_size(model)} in the model" for name, file, model in self.resized
         ]
         parts = {"missing": self.missing, "unexpected": self.unexpected, "of another size": sizes}
         return ", ".join(
@@ -205,6 +202,5 @@ def _size(shape: torch.Size) -> str:
 def only_weights(path: Path) -> ModelError:
     """Return the error for a state dict where a model was expected."""
     return ModelError(
-        f"{path} holds only weights, no architecture; "
-        f"use: convsurgeon convert torchvision:resnet18 --weights {path}"
+        f"{path} holds only weights, no architecture; use: convsurgeon convert torchvision:resnet18 --weights {path}"
     )

@@ -78,9 +78,7 @@ def read_graphs(model: nn.Module) -> GraphFacts:
     return result
 
 
-def _regions(
-    module: nn.Module, fqn: str, untraced: list[tuple[str, str]]
-) -> Iterator[tuple[str, nn.Module, fx.Graph]]:
+def _regions(module: nn.Module, fqn: str, untraced: list[tuple[str, str]]) -> Iterator[tuple[str, nn.Module, fx.Graph]]:
     has_site = any(isinstance(child, (_ConvNd, AbstractCheapConv)) for child in module.modules())
     if not has_site or isinstance(module, _WEIGHTED):
         return

@@ -34,8 +34,7 @@ def check_outputs(model: nn.Module, student: nn.Module, example_inputs: ExampleI
         got, got_spec = pytree.tree_flatten_with_path(call(shadow(student), example_inputs))
     except Exception as error:
         raise GuardError(
-            f"the student fails on the example input {what}, which {type(model).__name__} takes: "
-            f"{one_line(error)}"
+            f"the student fails on the example input {what}, which {type(model).__name__} takes: {one_line(error)}"
         ) from error
     if spec != got_spec:
         have_it, want_it = (" ".join(str(each).split()) for each in (got_spec, spec))
@@ -56,9 +55,7 @@ def check_outputs(model: nn.Module, student: nn.Module, example_inputs: ExampleI
 def _difference(want: Any, have: Any) -> str | tuple[int, ...] | None:
     """Return the dimensions whose sizes differ, or what else does, or None."""
     if not isinstance(want, Tensor) or not isinstance(have, Tensor):
-        return (
-            None if type(want) is type(have) else f"is {type(have).__name__}, expected {type(want).__name__}"
-        )
+        return None if type(want) is type(have) else f"is {type(have).__name__}, expected {type(want).__name__}"
     if want.dtype != have.dtype:
         return f"is {have.dtype}, expected {want.dtype}"
     if want.dim() != have.dim():

@@ -187,9 +187,7 @@ def _decide(site: Site, selectors: Selectors) -> Decision:
     ratio = mac_ratio(site.spec, op, options)
     if ratio < 1 and mapped is None:
         return _keep(site, "no gain", f"{name} would cost {1 / ratio:.2f}x the MACs of the dense convolution")
-    return Decision(
-        site.fqns, site.spec, name, "converted", _converted_reason(ratio, wished, options), asdict(options)
-    )
+    return Decision(site.fqns, site.spec, name, "converted", _converted_reason(ratio, wished, options), asdict(options))
 
 
 def default_keep(site: Site) -> str | None:
@@ -245,9 +243,7 @@ def _nothing(result: Plan, to: str) -> str:
     if not result.decisions:
         return f"{result.model} has no convolution module; there is nothing to convert"
     counts = Counter(decision.label for decision in result.decisions)
-    reasons = ", ".join(
-        f"{count} {'is' if count == 1 else 'are'} {label}" for label, count in counts.most_common()
-    )
+    reasons = ", ".join(f"{count} {'is' if count == 1 else 'are'} {label}" for label, count in counts.most_common())
     return f"no convolution of {result.model} can become {to!r}: {reasons}; `convsurgeon inspect` shows each"
 
 

@@ -75,9 +75,7 @@ def rewrite(
     """
     if isinstance(to, Plan):
         if keep or only or mapping or options or filter_fn:
-            raise PlanError(
-                "a plan is carried out as it is; change its decisions instead of giving selectors"
-            )
+            raise PlanError("a plan is carried out as it is; change its decisions instead of giving selectors")
         the_plan = to
     else:
         the_plan = plan(
@@ -140,9 +138,7 @@ def _find_donors(model: nn.Module, the_plan: Plan) -> list[tuple[Decision, nn.Co
             continue
         module = modules[fqns]
         if not isinstance(module, nn.Conv2d):
-            raise PlanError(
-                f"{decision.fqn} is a {type(module).__name__}; only a Conv2d can become {decision.op}"
-            )
+            raise PlanError(f"{decision.fqn} is a {type(module).__name__}; only a Conv2d can become {decision.op}")
         if obstacle := describe(module, fqns, tied).obstacle:
             raise PlanError(f"{decision.fqn} cannot become {decision.op}: {obstacle}")
         if ConvSpec.from_conv(module) != decision.spec:

@@ -93,8 +93,7 @@ def _address(options: Any, used: list[str]) -> dict[str, Any]:
         owner, _, option = key.rpartition(".")
         if not owner and len(used) > 1:
             raise OptionError(
-                f"option {key!r} is ambiguous among {', '.join(used)}; "
-                f"say which op it is for: {used[0]}.{key}"
+                f"option {key!r} is ambiguous among {', '.join(used)}; say which op it is for: {used[0]}.{key}"
             )
         if owner and owner not in addressed:
             raise OptionError(f"option {key!r} is for op {owner!r}, which is not in use: {', '.join(used)}")

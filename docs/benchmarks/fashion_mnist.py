@@ -105,9 +105,7 @@ def measure(row: dict[str, Any], teacher: torch.nn.Module, data: DataSplits) -> 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Print the means over seeds as a Markdown table; accuracies in %, with lowest and highest."""
-    print(
-        "| op | method | seeds | closed form | student | teacher as given | teacher as it ended | params | MACs |"
-    )
+    print("| op | method | seeds | closed form | student | teacher as given | teacher as it ended | params | MACs |")
     print("|---|---|---|---|---|---|---|---|---|")
     for op, method in dict.fromkeys((row["op"], row["method"]) for row in rows):
         some = [row for row in rows if (row["op"], row["method"]) == (op, method)]
@@ -130,14 +128,10 @@ def spread(values: list[float]) -> str:
 def main() -> None:
     """Fill the results file, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs/fashion-mnist"), help="where the teacher is kept"
-    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/fashion-mnist"), help="where the teacher is kept")
     parser.add_argument("--results", type=Path, default=HERE / "fashion_mnist.jsonl")
     parser.add_argument("--data-root", default="data")
-    parser.add_argument(
-        "--part", default="1/1", help="which share of the rows, as 1/2 and 2/2 for two processes"
-    )
+    parser.add_argument("--part", default="1/1", help="which share of the rows, as 1/2 and 2/2 for two processes")
     parser.add_argument("--threads", type=int, default=1, help="processor threads of this process")
     parser.add_argument("--table", action="store_true", help="print the table of the results; train nothing")
     args = parser.parse_args()
@@ -147,11 +141,7 @@ def main() -> None:
         teacher = train_teacher(data, args.runs)
         part, parts = map(int, args.part.split("/"))
         for row in list(grid())[part - 1 :: parts]:
-            done = (
-                [json.loads(line) for line in args.results.read_text().splitlines()]
-                if args.results.exists()
-                else []
-            )
+            done = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
             if any(all(there[key] == value for key, value in row.items()) for there in done):
                 continue
             result = measure(row, teacher, data)

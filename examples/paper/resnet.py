@@ -24,9 +24,7 @@ from convsurgeon.surgery import count_macs, count_params
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut."""
 
-    def __init__(
-        self, inputs: int, outputs: int, *, stride: int, stride_on: Literal["first", "second"]
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, *, stride: int, stride_on: Literal["first", "second"]) -> None:
         super().__init__()
         first, second = (stride, 1) if stride_on == "first" else (1, stride)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, first, 1, bias=False)

@@ -58,9 +58,7 @@ class AbstractMethod(nn.Module, ABC):
     class Options:
         """No options. A subclass may put a frozen dataclass with defaults in this place."""
 
-    def __init__(
-        self, teacher: nn.Module | None, student: nn.Module, *, setting: Setting, options: Any
-    ) -> None:
+    def __init__(self, teacher: nn.Module | None, student: nn.Module, *, setting: Setting, options: Any) -> None:
         super().__init__()
         self.teacher = teacher
         self.student = student
