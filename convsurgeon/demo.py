@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convsurgeon import ops
 from convsurgeon.data import ImageSet, load_data, make_loader
 from convsurgeon.delivery import Comparison, compare
 from convsurgeon.distillation import Augmentation, distill
@@ -58,6 +59,7 @@ def run_demo(folder: str | Path, *, to: str = "shift", seed: int = 0, report: Re
         to: the op that its convolutions become.
         seed: of the initial weights, the order of the data and the augmentation.
     """
+    ops.get(to)  # a name that does not exist is told before the training
     folder = make_folder(folder)
     data = load_data("digits", seed=seed)
     if not isinstance(data.train, ImageSet) or not isinstance(data.test, ImageSet) or data.preprocessing is None:

@@ -348,3 +348,10 @@ def test_a_model_without_convolutions_has_an_empty_survey() -> None:
 def test_a_root_that_is_the_convolution() -> None:
     site = survey(conv(8, 8), example_inputs=X8).sites[0]
     assert (site.fqn, site.fqns, site.calls) == ("(root)", ("",), 1)
+
+
+def test_the_run_is_in_eval_mode_whatever_the_models_mode() -> None:
+    # in train mode a batch norm refuses a batch of one value per channel
+    model = nn.Sequential(conv(8, 8), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)).train()
+    assert survey(model, example_inputs=X8).macs == 8 * 8 * (9 * 36 + 1)
+    assert model.training

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import pkgutil
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -14,21 +16,24 @@ from convsurgeon.errors import ConvSurgeonError
 _INTERRUPTED = 130
 
 
+class _StoppedError(Exception):
+    """Ctrl-C, with what the verb has to say about it: typer would swallow a `KeyboardInterrupt`."""
+
+
 def build() -> typer.Typer:
     """Return the program with one command for every file of this folder."""
     app = typer.Typer(
         name="convsurgeon",
         help="Swap the convolutions of a trained CNN for cheap ones, distil, and export proven ONNX.",
-        no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
-    app.callback()(_program)
+    app.callback(invoke_without_command=True)(_program)
     for module in pkgutil.iter_modules([os.path.dirname(__file__)]):
         if not module.name.startswith("_"):
             verb = importlib.import_module(f"convsurgeon.cli.{module.name}")
-            app.command(module.name)(verb.run)
+            app.command(module.name)(_stoppable(verb.run))
     return app
 
 
@@ -41,7 +46,7 @@ def main() -> None:
     except ConvSurgeonError as error:
         _fail(str(error))
         sys.exit(2)
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, _StoppedError) as error:
         _fail(str(error) or "stopped")
         sys.exit(_INTERRUPTED)
     except Exception as error:
@@ -58,7 +63,19 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
+def _stoppable(run: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(run)
+    def call(*args: object, **kwargs: object) -> None:
+        try:
+            run(*args, **kwargs)
+        except KeyboardInterrupt as error:
+            raise _StoppedError(str(error)) from error
+
+    return call
+
+
 def _program(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True),
 ) -> None:
     if version:
@@ -66,6 +83,8 @@ def _program(
 
         typer.echo(f"convsurgeon {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def _fail(message: str) -> None:

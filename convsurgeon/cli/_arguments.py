@@ -30,6 +30,9 @@ InputShape = Annotated[
     typer.Option(metavar="N,C,H,W", help="Shape of an input, such as 1,3,224,224, where it is not known."),
 ]
 To = Annotated[str, typer.Option("--to", metavar="OP", help="What convolutions become; see `convsurgeon ops`.")]
+ToOrDefault = Annotated[
+    str | None, typer.Option("--to", metavar="OP", help="What convolutions become, depthwise if nothing is said.")
+]
 Keep = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Leave these convolutions alone: a glob over names. Repeatable."),
@@ -60,5 +63,6 @@ Size = Annotated[str | None, typer.Option(metavar="H[,W]", help="Image size; by 
 Mean = Annotated[str | None, typer.Option(metavar="M[,M,M]", help="Mean per channel, in 0..1.")]
 Std = Annotated[str | None, typer.Option(metavar="S[,S,S]", help="Standard deviation per channel, in 0..1.")]
 Color = Annotated[str | None, typer.Option(metavar="rgb|gray", help="Color of the images.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of weights, order, augmentation and noise.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads; all cores by default.")]
-LimitBatches = Annotated[int | None, typer.Option(metavar="N", help="Stop every pass after N batches.")]
+LimitBatches = Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop every pass after N batches.")]

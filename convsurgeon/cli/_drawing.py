@@ -24,14 +24,20 @@ _PLAIN_SECONDS = 10.0
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a console; where nobody looks at it, lines are wide enough not to wrap."""
+    """Return a console that takes text as it is; where nobody looks at it, tables are wide enough not to wrap."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _PLAIN_WIDTH)
+    width = None if stream.isatty() else _PLAIN_WIDTH
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
 
 
 def say(message: str) -> None:
-    """Print one line on stderr."""
-    console(stderr=True).print(message, markup=False)
+    """Print one line on stderr, whatever its length."""
+    console(stderr=True).print(message, soft_wrap=True)
+
+
+def tell(message: str) -> None:
+    """Print one line of the result on stdout, whatever its length: a path must stay whole."""
+    console().print(message, soft_wrap=True)
 
 
 def emit(data: Any) -> None:
@@ -54,7 +60,8 @@ class Drawing:
             from rich.progress import Progress as Bar
 
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
-            self._bar = Bar(*columns, TextColumn("{task.fields[note]}"), console=self._console, transient=True)
+            note = TextColumn("{task.fields[note]}", markup=False)
+            self._bar = Bar(*columns, note, console=self._console, transient=True)
             self._bar.start()
         return self
 
@@ -67,15 +74,15 @@ class Drawing:
     def __call__(self, event: Progress) -> None:
         """Draw one event."""
         if event.stage == "epoch":
-            self._console.print(event.message or _epoch_line(event), markup=False)
+            self._console.print(event.message or _epoch_line(event), soft_wrap=True)
         elif event.total is None:
             if event.message:
-                self._console.print(event.message, markup=False)
+                self._console.print(event.message, soft_wrap=True)
         elif self._bar is not None:
             self._move(self._bar, event)
         elif event.stage == "train" and time.monotonic() - self._spoke >= _PLAIN_SECONDS:
             self._spoke = time.monotonic()
-            self._console.print(f"step {event.done}/{event.total}  {_note(event)}", markup=False)
+            self._console.print(f"step {event.done}/{event.total}  {_note(event)}", soft_wrap=True)
 
     def _move(self, bar: Bar, event: Progress) -> None:
         if event.stage not in self._tasks:

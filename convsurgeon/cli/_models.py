@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convsurgeon.cli._drawing import say
-from convsurgeon.errors import ConvSurgeonError, DataError, OptionError, PlanError
+from convsurgeon.errors import DataError, ModelError, OptionError, PlanError, one_line
 from convsurgeon.options import parse_pairs
 from convsurgeon.progress import Progress
 
@@ -57,9 +57,23 @@ def selectors(
     return {
         "keep": keep or (),
         "only": only or (),
-        "mapping": parse_pairs(mapping or [], flag="--map"),
+        "mapping": _in_order(mapping or []),
         "options": parse_pairs(option or [], flag="--option") or None,
     }
+
+
+def _in_order(items: list[str]) -> dict[str, str]:
+    """Return patterns and ops with a repeated pattern where it was said last, since the last match wins.
+
+    >>> _in_order(["a=shift", "*=group", "a=bsconv"])
+    {'*': 'group', 'a': 'bsconv'}
+    """
+    found: dict[str, str] = {}
+    for item in items:
+        for pattern, op in parse_pairs([item], flag="--map").items():
+            found.pop(pattern, None)
+            found[pattern] = op
+    return found
 
 
 def read_plan(path: Path) -> Plan:
@@ -100,8 +114,11 @@ def example_for(model: nn.Module, input_shape: str | None) -> Tensor | None:
     from convsurgeon.record import read_record
     from convsurgeon.surgery import example_like
 
-    shape = parse_shape(input_shape) if input_shape else read_record(model).get("input_shape")
-    return None if shape is None else example_like(model, [1, *shape[1:]])
+    shape = read_record(model).get("input_shape") if input_shape is None else parse_shape(input_shape)
+    try:
+        return None if shape is None else example_like(model, [1, *shape[1:]])
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # torch, of a size beyond memory
+        raise OptionError(f"--input-shape {input_shape}: no such input can be made: {one_line(error)}") from error
 
 
 def need_example(model: nn.Module, input_shape: str | None) -> Tensor:
@@ -148,6 +165,33 @@ def load_splits(
     return splits
 
 
+def count_scores(model: nn.Module, example: Tensor) -> int | None:
+    """Return how many class scores a model gives for one image; None where it is no classifier.
+
+    Raises:
+        ModelError: if it cannot take the image.
+    """
+    import copy
+
+    import torch
+
+    from convsurgeon.evaluation import logits_of
+
+    try:
+        with torch.no_grad():
+            answer = copy.deepcopy(model).eval()(example)
+    except Exception as error:  # whatever a foreign forward raises
+        size = "x".join(map(str, example.shape[1:]))
+        raise ModelError(
+            f"{type(model).__name__} cannot take images of {size}: {one_line(error)}; --size and --color change them"
+        ) from error
+    try:
+        logits = logits_of(answer)
+    except ModelError:
+        return None
+    return logits.shape[1] if logits.ndim == 2 else None
+
+
 def set_threads(threads: int | None) -> None:
     """Set torch's processor threads."""
     if threads is not None:
@@ -156,22 +200,16 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def need_no(condition: bool, message: str) -> None:
-    """Raise an `OptionError` with that message if the condition holds."""
-    if condition:
-        raise OptionError(message)
+def args_for(source: str, model_arg: list[str] | None, *, other: str | None) -> list[str] | None:
+    """Leave `--model-arg` out for a file, which takes none, where it is meant for the other model."""
+    meant_for_other = other is not None and Path(source).exists() and not Path(other).exists()
+    return None if meant_for_other else model_arg
 
 
-__all__ = [
-    "ConvSurgeonError",
-    "example_for",
-    "load_model",
-    "load_splits",
-    "need_example",
-    "need_no",
-    "parse_shape",
-    "read_plan",
-    "selectors",
-    "set_threads",
-    "trusted",
-]
+def file_stem(source: str) -> str:
+    """Return what a model is called in the name of a file or folder.
+
+    >>> file_stem("torchvision:resnet18"), file_stem("nets.small:Net")
+    ('torchvision-resnet18', 'nets.small-Net')
+    """
+    return Path(source).stem if Path(source).exists() else source.replace(":", "-").replace("/", "-")

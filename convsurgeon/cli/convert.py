@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convsurgeon.cli import _arguments as arguments
-from convsurgeon.cli._drawing import big, console, emit, fewer, say
+from convsurgeon.cli._drawing import big, console, emit, fewer, say, tell
 from convsurgeon.errors import OptionError
 
 if TYPE_CHECKING:
@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 
 def run(
     model: arguments.Model,
-    to: Annotated[
-        str | None,
-        typer.Option("--to", metavar="OP", help="What convolutions become; see `convsurgeon ops`."),
-    ] = None,
+    to: arguments.ToOrDefault = None,
     keep: arguments.Keep = None,
     only: arguments.Only = None,
     mapping: arguments.Map = None,
@@ -59,7 +56,7 @@ def run(
     found = survey(network, example_inputs=example)
     the_plan = ready or make_plan(found, to or "depthwise", **selectors(keep, only, mapping, option))
     target = output or default_output(network, model, the_plan.tag)
-    plan_file = target.with_suffix(".plan.json")
+    plan_file = target.parent / f"{target.stem}.plan.json"
     if not dry_run:
         refuse_to_overwrite(target, force=force)
         refuse_to_overwrite(plan_file, force=force)
@@ -75,7 +72,7 @@ def run(
         return
     _draw(the_plan, found, costs)
     for what, path in written.items():
-        console().print(f"{what.replace('_', ' ')}: {path}", markup=False)
+        tell(f"{what.replace('_', ' ')}: {path}")
 
 
 def _costs(network: Any, student: Any, the_plan: Plan, found: Survey) -> dict[str, Any]:
@@ -117,7 +114,7 @@ def _draw(the_plan: Plan, found: Survey, costs: dict[str, Any]) -> None:
         line += f"; MACs of convolutions {_change(*macs)} ({fewer(*macs)} fewer)"
         if convolutions["counted_macs_after"] != convolutions["macs_after"]:
             line += f", {big(convolutions['counted_macs_after'])} with the one-hot taps that a counter sees"
-    console().print(line)
+    tell(line)
 
 
 def _change(before: int, after: int) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from convsurgeon.cli import _arguments as arguments
-from convsurgeon.cli._drawing import Drawing, console, draw_comparison, emit
+from convsurgeon.cli._drawing import Drawing, console, draw_comparison, emit, tell
 
 
 def run(
@@ -16,7 +16,7 @@ def run(
         "convsurgeon-demo"
     ),
     to: arguments.To = "shift",
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: arguments.Seed = 0,
     threads: Annotated[
         int,
         typer.Option(min=1, help="Processor threads to train with; images of 8x8 pixels gain nothing from more."),
@@ -35,4 +35,4 @@ def run(
         return
     console().print(draw_comparison(result.comparison, ended=result.teacher_ended))
     for path in result.paths:
-        console().print(f"wrote {path}", markup=False)
+        tell(f"wrote {path}")

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json as json_module
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from convsurgeon.cli import _arguments as arguments
-from convsurgeon.cli._drawing import Drawing, console, draw_comparison, emit, say
+from convsurgeon.cli._drawing import Drawing, console, draw_comparison, emit, say, tell
 from convsurgeon.errors import DistillationError, OptionError
 
-_COMMAND = "command.json"
+_COMMAND, _CONFIG = "command.json", "config.json"
 
 
 def run(
+    context: typer.Context,
     teacher: Annotated[str | None, typer.Argument(metavar="TEACHER", help=arguments.MODEL_HELP)] = None,
     student: Annotated[
         str | None,
         typer.Argument(metavar="[STUDENT]", help="A converted student; without, the teacher is converted."),
     ] = None,
-    to: arguments.To = "depthwise",
+    to: arguments.ToOrDefault = None,
     keep: arguments.Keep = None,
     only: arguments.Only = None,
     mapping: arguments.Map = None,
@@ -41,7 +44,7 @@ def run(
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
     learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 0.1,
     weight_decay: Annotated[float, typer.Option()] = 5e-4,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: arguments.Seed = 0,
     augment: Annotated[bool, typer.Option(help="Random shifts, and mirror images where the data allow.")] = True,
     device: Annotated[
         str | None, typer.Option(metavar="cpu|cuda", help="Where to train; a GPU if there is one.")
@@ -62,30 +65,31 @@ def run(
     json: arguments.Json = False,
 ) -> None:
     """Train a student beside its teacher, and end with an ONNX file, proven equal and timed."""
-    from convsurgeon.cli._models import set_threads
-    from convsurgeon.files import make_folder, write_text
+    from convsurgeon.cli._models import file_stem, set_threads
+    from convsurgeon.files import write_text
 
     said: dict[str, Any] = {
         key: str(value) if isinstance(value, Path) else value for key, value in locals().items() if key in _SAID
     }
     if resume is not None:
-        if teacher is not None:
-            raise OptionError("--resume RUN needs nothing else: the run folder knows how it was started")
+        if others := _typed(context, but=("resume", "json")):
+            raise OptionError(
+                f"--resume RUN needs nothing else, the run folder knows how it was started; leave out {others[0]}"
+            )
         said, folder = _read_command(resume), resume
     else:
         if teacher is None:
             raise OptionError("distill needs a TEACHER, such as torchvision:resnet18, or --resume RUN")
-        folder = output or Path("runs") / f"{Path(teacher.replace(':', '-')).stem}.{to}.{method}"
-    set_threads(said["threads"])
-    prepared = _Prepared(said)
-    if resume is None:
-        if (folder / _COMMAND).exists():
+        if student is None:
+            said["to"] = to or "depthwise"
+        folder = output or Path("runs") / f"{file_stem(teacher)}.{said['to'] or file_stem(str(student))}.{method}"
+        if any((folder / name).exists() for name in (_COMMAND, _CONFIG)):
             raise DistillationError(
                 f"{folder} holds a run already; go on with it by --resume {folder}, or choose another folder with -o"
             )
-        make_folder(folder)
-        write_text(folder / _COMMAND, json_module.dumps(said, indent=2) + "\n")
-    with Drawing() as drawing:
+    set_threads(said["threads"])
+    prepared = _Prepared(said)
+    with _started(folder, said, resume=resume is not None), Drawing() as drawing:
         figures, table = prepared.train_and_deliver(folder, resume=resume is not None, report=drawing)
     write_text(folder / "report.json", json_module.dumps(figures, indent=2) + "\n")
     if json:
@@ -93,8 +97,8 @@ def run(
         return
     console().print(table)
     for name in ("student_file", "onnx_file"):
-        console().print(f"{name.replace('_', ' ')}: {figures[name]}", markup=False)
-    console().print(f"run folder: {folder}", markup=False)
+        tell(f"{name.replace('_', ' ')}: {figures[name]}")
+    tell(f"run folder: {folder}")
 
 
 # what decides the run, and is remembered in the run folder
@@ -104,6 +108,38 @@ _SAID = (
     "learning_rate", "weight_decay", "seed", "augment", "device", "precision", "threads", "limit_batches",
     "tensorboard", "weights", "model_arg", "trust", "trust_module",
 )  # fmt: skip
+
+
+def _typed(context: typer.Context, *, but: tuple[str, ...]) -> list[str]:
+    """Return what was typed on the command line besides those parameters, as it is typed."""
+    found = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name not in but and source is not None and source.name == "COMMANDLINE":
+            found.append(parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.opts[0].upper())
+    return found
+
+
+@contextlib.contextmanager
+def _started(folder: Path, said: dict[str, Any], *, resume: bool) -> Iterator[None]:
+    """Write down how the run is started; where it could not even start, leave nothing behind."""
+    from convsurgeon.files import make_folder, write_text
+
+    if resume:
+        yield
+        return
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    make_folder(folder)
+    write_text(folder / _COMMAND, json_module.dumps(said, indent=2) + "\n")
+    try:
+        yield
+    except BaseException:
+        if not (folder / _CONFIG).exists():
+            (folder / _COMMAND).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody else's files are in it
+                for each in made:
+                    each.rmdir()
+        raise
 
 
 class _Prepared:
@@ -134,27 +170,23 @@ class _Prepared:
         choice = selectors(said["keep"], said["only"], said["mapping"], said["option"])
         if said["student"] is None:
             return rewrite(self.teacher, said["to"], **choice)
-        if any(choice.values()):
-            raise OptionError("--keep, --only, --map and --option are for converting; the student is converted already")
+        if said["to"] or any(choice.values()):
+            raise OptionError("the student is converted already; leave out --to, --keep, --only, --map and --option")
         return load_model(said["student"], trust=said["trust"], trust_module=admitted)
 
     def _example(self) -> Any:
         """Return one image of the data as a batch, having checked that both networks take it."""
+        from convsurgeon.cli._models import count_scores
         from convsurgeon.data import ImageSet
-        from convsurgeon.evaluation import check_head, logits_of
+        from convsurgeon.evaluation import check_head
         from convsurgeon.surgery import check_outputs
 
         train = self.splits.train
         example = train[0][0][None] if isinstance(train, ImageSet) else next(iter(train))[0][:1]
+        scores = count_scores(self.teacher, example)
         check_outputs(self.teacher, self.student, example)
-        if self.splits.classes:
-            import torch
-
-            mode = self.teacher.training
-            with torch.no_grad():
-                width = logits_of(self.teacher.eval()(example)).shape[-1]
-            self.teacher.train(mode)
-            check_head(width, len(self.splits.classes), data=self.splits.name)
+        if self.splits.classes and scores is not None:
+            check_head(scores, len(self.splits.classes), data=self.splits.name)
         return example
 
     def train_and_deliver(self, folder: Path, *, resume: bool, report: Any) -> tuple[dict[str, Any], Any]:
@@ -170,7 +202,7 @@ class _Prepared:
         augmentation = None
         if said["augment"]:
             augmentation = Augmentation.usual(tuple(self.example.shape[-2:]), flip=splits.flip)
-        started = resume and (folder / "config.json").exists()
+        started = resume and (folder / _CONFIG).exists()
         result = distill(
             self.teacher,
             self.student,
@@ -190,12 +222,13 @@ class _Prepared:
             )},
         )  # fmt: skip
         student = result.student
-        update_record(
-            student,
-            preprocessing=splits.preprocessing.to_dict() if splits.preprocessing else None,
-            classes=list(splits.classes) or None,
-            input_shape=list(self.example.shape),
-        )
+        for network in (self.teacher, student):
+            update_record(
+                network,
+                preprocessing=splits.preprocessing.to_dict() if splits.preprocessing else None,
+                classes=list(splits.classes) or None,
+                input_shape=list(self.example.shape),
+            )
         suffix = default_output(student, said["teacher"], "student").suffix
         file = save(student, folder / f"student{suffix}", force=True)
         judge = splits.test if splits.test is not None else splits.val
@@ -235,9 +268,11 @@ def _images(part: Any) -> Any:
 
 def _read_command(folder: Path) -> dict[str, Any]:
     try:
-        said: dict[str, Any] = json_module.loads((folder / _COMMAND).read_text(encoding="utf-8"))
+        said = json_module.loads((folder / _COMMAND).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DistillationError(f"{folder} holds no run that the command line started: no {_COMMAND}") from error
+    if not isinstance(said, dict):
+        raise DistillationError(f"{folder / _COMMAND} is damaged: it holds no JSON object")
     missing = [key for key in _SAID if key not in said]
     if missing:
         raise DistillationError(f"{folder / _COMMAND} is of another version: it lacks {missing[0]!r}")

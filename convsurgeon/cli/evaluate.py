@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from convsurgeon.cli import _arguments as arguments
-from convsurgeon.cli._drawing import Drawing, console, emit
-from convsurgeon.errors import DataError
+from convsurgeon.cli._drawing import Drawing, emit, tell
+from convsurgeon.errors import DataError, ModelError, OptionError
 
 
 def run(
@@ -34,17 +34,20 @@ def run(
     json: arguments.Json = False,
 ) -> None:
     """Measure accuracy on labelled images, and how often a model answers as its teacher does."""
-    from convsurgeon.cli._models import load_splits, set_threads, trusted
+    from convsurgeon.cli._models import args_for, load_splits, set_threads, trusted
     from convsurgeon.evaluation import evaluate
     from convsurgeon.preprocessing import Preprocessing
 
     set_threads(threads)
-    common: dict[str, Any] = {"model_arg": model_arg, "trust": trust}
+    if teacher is None and teacher_weights is not None:
+        raise OptionError("--teacher-weights are for the --teacher; say which one it is")
     admitted = trusted(teacher or "", trusted(model, trust_module))
-    network, known = _open(model, weights, admitted, **common)
+    args = args_for(model, model_arg, other=teacher)
+    network, known = _open(model, weights, args, trust=trust, admitted=admitted)
     lead = None
     if teacher is not None:
-        lead, _ = _open(teacher, teacher_weights, admitted, **common)
+        args = args_for(teacher, model_arg, other=model)
+        lead, _ = _open(teacher, teacher_weights, args, trust=trust, admitted=admitted)
     base = Preprocessing.from_dict(known) if known else None
     splits = load_splits(data, base, root=data_root, size=size, mean=mean, std=std, color=color)
     images = {"train": splits.train, "val": splits.val, "test": splits.test}.get(split)
@@ -60,22 +63,33 @@ def run(
     line = f"accuracy {100 * found.accuracy:.2f} % on {found.images} images of {splits.name} ({split})"
     if found.agreement is not None:
         line += f"; agrees with the teacher on {100 * found.agreement:.2f} %"
-    console().print(line, markup=False)
+    tell(line)
 
 
 def _open(
-    source: str, weights: str | None, admitted: list[str], *, model_arg: list[str] | None, trust: bool
+    source: str, weights: str | None, model_arg: list[str] | None, *, trust: bool, admitted: list[str]
 ) -> tuple[Any, Any]:
     """Return something to evaluate, and its preprocessing as plain data where it knows it."""
     if source.endswith(".onnx"):
         from convsurgeon.delivery import read_metadata, session
 
+        if weights is not None or model_arg:
+            raise OptionError(f"--weights and --model-arg go with an architecture, not with the ONNX file {source}")
         opened = session(source)
         known = read_metadata(opened).get("preprocessing")
-        return opened, json_module.loads(known) if known else None
+        return opened, _as_dict(known, source) if known else None
     from convsurgeon.cli._models import load_model
     from convsurgeon.record import read_record
 
-    args = None if source.endswith((".pt", ".pth", ".safetensors")) else model_arg
-    network = load_model(source, weights=weights, model_arg=args, trust=trust, trust_module=admitted)
+    network = load_model(source, weights=weights, model_arg=model_arg, trust=trust, trust_module=admitted)
     return network, read_record(network).get("preprocessing")
+
+
+def _as_dict(known: str, source: str) -> dict[str, Any]:
+    try:
+        found = json_module.loads(known)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ModelError(f"{source} has preprocessing in its metadata that is no JSON object: {known!r}")
+    return found

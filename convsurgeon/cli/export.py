@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convsurgeon.cli import _arguments as arguments
-from convsurgeon.cli._drawing import Drawing, console, emit
+from convsurgeon.cli._drawing import Drawing, emit, tell
+from convsurgeon.errors import OptionError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from convsurgeon.data import DataSplits
     from convsurgeon.delivery import Delivery, Latency
 
 
@@ -43,34 +45,49 @@ def run(
     json: arguments.Json = False,
 ) -> None:
     """Write an ONNX file with a free batch size, only if onnxruntime agrees with PyTorch on it."""
-    from convsurgeon.cli._models import load_model, load_splits, need_example, trusted
-    from convsurgeon.data import make_loader
+    from convsurgeon.cli._models import (
+        args_for,
+        count_scores,
+        file_stem,
+        load_model,
+        load_splits,
+        need_example,
+        trusted,
+    )
     from convsurgeon.delivery import export, measure_latency
+    from convsurgeon.files import refuse_to_overwrite
     from convsurgeon.preprocessing import preprocessing_of
 
-    admitted = trusted(teacher or "", trusted(student, trust_module))
-    common: dict[str, Any] = {"model_arg": model_arg, "trust": trust, "trust_module": admitted}
-    network = load_model(student, weights=weights, **_only_named(student, common))
+    if data is None and any(each is not None for each in (data_root, size, mean, std, color)):
+        raise OptionError("--data-root, --size, --mean, --std and --color are about --data; say which data")
+    if teacher is None and teacher_weights is not None:
+        raise OptionError("--teacher-weights are for the --teacher; say which one it is")
+    path = refuse_to_overwrite(output or Path(f"{file_stem(student)}.onnx"), force=force)
+    trusting: dict[str, Any] = {"trust": trust, "trust_module": trusted(teacher or "", trusted(student, trust_module))}
+    args = args_for(student, model_arg, other=teacher)
+    network = load_model(student, weights=weights, model_arg=args, **trusting)
+    lead = None
+    if teacher is not None:
+        args = args_for(teacher, model_arg, other=student)
+        lead = load_model(teacher, weights=teacher_weights, model_arg=args, **trusting)
     example: Tensor | None = None
     images = None
     if data is not None:
-        splits = load_splits(
-            data, preprocessing_of(network), root=data_root, size=size, mean=mean, std=std, color=color
-        )
-        source: Any = splits.test or splits.val or splits.train
-        images = source if hasattr(source, "batch_size") else make_loader(source, batch_size=16, shuffle=False)
-        if input_shape is None:
-            example = next(iter(images))[0][:1]
+        base = preprocessing_of(network)
+        splits = load_splits(data, base, root=data_root, size=size, mean=mean, std=std, color=color)
+        images = _images(splits)
+        first = next(iter(images))[0][:1]
+        example = first if input_shape is None else None
+        _remember(network, splits, count_scores(network, first))
     if example is None:
         example = need_example(network, input_shape)
-    path = output or Path(f"{Path(student.replace(':', '-')).stem}.onnx")
     with Drawing() as drawing, tempfile.TemporaryDirectory() as folder:
-        delivery = export(network, path, example_inputs=example, images=images, force=force, report=drawing)
-        files = {"student": path}
-        if teacher is not None:
-            lead = load_model(teacher, weights=teacher_weights, **_only_named(teacher, common))
-            files = {"teacher": Path(folder) / "teacher.onnx", **files}
+        files = {}
+        if lead is not None:  # first: what fails here must not leave a file behind
+            files["teacher"] = Path(folder) / "teacher.onnx"
             export(lead, files["teacher"], example_inputs=example, report=drawing)
+        delivery = export(network, path, example_inputs=example, images=images, force=force, report=drawing)
+        files["student"] = path
         timings = measure_latency(files, threads=sorted({1, threads}) if threads else None, report=drawing)
     if json:
         data_out = {**asdict(delivery), "path": str(path), "latency": [asdict(timing) for timing in timings]}
@@ -79,27 +96,41 @@ def run(
     _draw(delivery, timings)
 
 
-def _only_named(source: str, common: dict[str, Any]) -> dict[str, Any]:
-    """Leave `--model-arg` out for files, which take none."""
-    return {**common, "model_arg": None} if Path(source).exists() else common
+def _images(splits: DataSplits) -> Any:
+    from convsurgeon.data import ImageSet, make_loader
+
+    part = next(part for part in (splits.test, splits.val, splits.train) if part is not None)
+    return make_loader(part, batch_size=16, shuffle=False) if isinstance(part, ImageSet) else part
+
+
+def _remember(network: nn.Module, splits: DataSplits, scores: int | None) -> None:
+    """Let the file say what the images went through, and the classes where they fit and nothing better is known."""
+    from convsurgeon.record import read_record, update_record
+
+    if splits.preprocessing is not None:
+        update_record(network, preprocessing=splits.preprocessing.to_dict())
+    if len(splits.classes) == scores and "classes" not in read_record(network):
+        update_record(network, classes=list(splits.classes))
 
 
 def _draw(delivery: Delivery, timings: list[Latency]) -> None:
     parity = delivery.parity
     what = "random and real inputs" if parity.real_images else "random inputs only"
-    out = console()
-    out.print(f"{delivery.path}: {delivery.bytes / 1e6:.3f} MB, opset {delivery.opset}", markup=False)
-    out.print(
+    tell(f"{delivery.path}: {delivery.bytes / 1e6:.3f} MB, opset {delivery.opset}")
+    tell(
         f"parity: {parity.max_rel:.1e} of the largest output (allowed {parity.tolerance:.0e}), "
         f"batches of {', '.join(map(str, parity.batches))}, {what}"
     )
     for timing in timings:
-        out.print(
-            f"latency of {timing.name}, {timing.threads} thread{'s' if timing.threads > 1 else ''}: "
-            f"median {timing.median_ms:.3f} ms of {timing.runs} "
+        tell(
+            f"latency of {timing.name}, {_threads(timing.threads)}: median {timing.median_ms:.3f} ms of {timing.runs} "
             f"(10th to 90th percentile {timing.low_ms:.3f} to {timing.high_ms:.3f})"
         )
     by_threads = {threads: [t for t in timings if t.threads == threads] for threads in {t.threads for t in timings}}
     for threads, pair in sorted(by_threads.items()):
         if len(pair) == 2:
-            out.print(f"teacher / student, {threads} threads: {pair[0].median_ms / pair[1].median_ms:.2f}x")
+            tell(f"teacher / student, {_threads(threads)}: {pair[0].median_ms / pair[1].median_ms:.2f}x")
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"

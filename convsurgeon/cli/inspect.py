@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from convsurgeon.cli import _arguments as arguments
-from convsurgeon.cli._drawing import big, console, emit, fewer, say
+from convsurgeon.cli._drawing import big, console, emit, fewer, say, tell
 
 if TYPE_CHECKING:
     from convsurgeon.surgery import Site, Survey
@@ -88,8 +88,9 @@ def _draw(found: Survey, rows: list[dict[str, Any]]) -> None:
         table.add_row(names, row["geometry"], *figures, *offers, row["kept_because"] or "")
     console().print(table)
     if found.macs is not None:
-        console().print(f"all convolutions: {big(found.macs)} MACs for one image")
+        tell(f"all convolutions: {big(found.macs)} MACs for one image")
     else:
         say("sizes and MACs need an input's shape: --input-shape 1,3,224,224")
     for fqn, reason in found.untraced:
-        say(f"note: torch.fx could not trace {fqn} ({reason[:120]}); its convolutions were found all the same")
+        short = " ".join(reason.split())[:120]
+        say(f"note: torch.fx could not trace {fqn or found.model} ({short}); its convolutions were found all the same")
