@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import random
@@ -85,23 +87,28 @@ class Outcome:
 class Program:
     """`convsurgeon`, run in this process in a folder of its own, without a trace in this process."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self._monkeypatch, self._capsys = folder, monkeypatch, capsys
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
-        forget_mynet()
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def __call__(self, *args: str) -> Outcome:
         """Run it with these arguments."""
-        self._monkeypatch.setattr(sys, "argv", ["convsurgeon", *args])
-        self._capsys.readouterr()
+        out, err = io.StringIO(), io.StringIO()
         threads = torch.get_num_threads()
-        with torch.random.fork_rng(devices=[]), pytest.raises(SystemExit) as stopped:
-            main()
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            torch.random.fork_rng(devices=[]),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            patch.chdir(self.folder)
+            patch.setattr(sys, "path", list(sys.path))
+            patch.setattr(sys, "argv", ["convsurgeon", *args])
+            forget_mynet()
+            with pytest.raises(SystemExit) as stopped:
+                main()
         torch.set_num_threads(threads)
-        said = self._capsys.readouterr()
         assert isinstance(stopped.value.code, int)
-        return Outcome(stopped.value.code, said.out, said.err)
+        return Outcome(stopped.value.code, out.getvalue(), err.getvalue())
 
     def files(self) -> list[str]:
         """Return every file and empty folder below the folder, caches of Python aside."""
@@ -130,12 +137,14 @@ def forget_mynet() -> None:
 
 
 def mynet(folder: Path, *, seed: int = 0, **kwargs: Any) -> nn.Module:
-    """Write `mynet.py` into a folder that is on the path, and return a `mynet.Net` in eval mode."""
+    """Write `mynet.py` into a folder, and return a `mynet.Net` in eval mode, whose norm has seen a batch."""
     (folder / "mynet.py").write_text(MYNET)
     forget_mynet()
-    with torch.random.fork_rng(devices=[]):
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        patch.setattr(sys, "path", [str(folder), *sys.path])
         torch.manual_seed(seed)
         net: nn.Module = importlib.import_module("mynet").Net(**kwargs)
+        net(torch.randn(8, net.stem.in_channels, 16, 16))
     return net.eval()
 
 

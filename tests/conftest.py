@@ -1,8 +1,14 @@
 """What all tests share: one thread, and hypothesis without clocks or chance."""
 
+import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
 settings.register_profile("convsurgeon", deadline=None, derandomize=True)
 settings.load_profile("convsurgeon")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `pytest --update-golden` write the golden files anew, to be read in the diff."""
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden/ anew")

@@ -93,4 +93,4 @@ def _draw(found: Survey, rows: list[dict[str, Any]]) -> None:
         say("sizes and MACs need an input's shape: --input-shape 1,3,224,224")
     for fqn, reason in found.untraced:
         short = " ".join(reason.split())[:120]
-        say(f"note: torch.fx could not trace {fqn or found.model} ({short}); its convolutions were found all the same")
+        say(f"note: torch.fx could not trace {fqn} ({short}); its convolutions were found all the same")

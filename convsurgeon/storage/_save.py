@@ -17,8 +17,8 @@ _PICKLED = (".pt", ".pth")
 _NAMED = ".safetensors"
 
 
-def save(model: nn.Module, path: str | Path, *, force: bool = False) -> Path:
-    """Write a model so that `load` finds it again, and return the path.
+def save(student: nn.Module, path: str | Path, *, force: bool = False) -> Path:
+    """Write a student, or another model, so that `load` finds it again, and return the path.
 
     `.safetensors` holds the architecture's name, the plan and the weights, and no code: for models
     that were built from a name. `.pt` and `.pth` hold the pickled module.
@@ -30,21 +30,21 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False) -> Path:
     path = Path(path)
     if path.suffix not in (*_PICKLED, _NAMED):
         raise ModelError(f"{path}: a model is saved as .safetensors (name, plan and weights) or .pt (pickled module)")
-    if path.suffix == _NAMED and not _has_name(model):
+    if path.suffix == _NAMED and not _has_name(student):
         raise ModelError(
             f"{path}: .safetensors is for models built from a name with plain arguments, and this "
-            f"{type(model).__name__} was not; save it as {path.with_suffix('.pt').name}"
+            f"{type(student).__name__} was not; save it as {path.with_suffix('.pt').name}"
         )
     if path.suffix in _PICKLED:
-        _refuse_script_classes(model, path)
+        _refuse_script_classes(student, path)
     refuse_to_overwrite(path, force=force)
     write = write_student if path.suffix == _NAMED else torch.save
     try:
-        return write_atomically(path, lambda temporary: write(model, temporary))
+        return write_atomically(path, lambda temporary: write(student, temporary))
     except ConvSurgeonError:
         raise
     except Exception as error:  # whatever pickle and safetensors make of a module
-        raise ModelError(f"{type(model).__name__} cannot be saved as {path}: {one_line(error)}") from error
+        raise ModelError(f"{type(student).__name__} cannot be saved as {path}: {one_line(error)}") from error
 
 
 def default_output(model: nn.Module, source: str, tag: str) -> Path:

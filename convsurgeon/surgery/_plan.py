@@ -183,7 +183,7 @@ def _decide(site: Site, selectors: Selectors) -> Decision:
     op, wished = ops.get(name), selectors.options[name]
     options = op.fit_options(site.spec, wished)
     if reason := op.why_not(site.spec, options):
-        return _keep(site, f"{name} refused", f"{name} {reason}")
+        return _keep(site, f"{name} refused", f"{name}: {reason}")
     ratio = mac_ratio(site.spec, op, options)
     if ratio < 1 and mapped is None:
         return _keep(site, "no gain", f"{name} would cost {1 / ratio:.2f}x the MACs of the dense convolution")
