@@ -112,7 +112,7 @@ def test_the_last_mapping_that_matches_wins() -> None:
 def test_mapping_cannot_do_what_the_op_cannot() -> None:
     found = plan(Small(), mapping={"grouped": "shift"})
     assert decided(found)["grouped"] is None
-    assert reasons(found)["grouped"] == "shift needs groups=1, not groups=4"
+    assert reasons(found)["grouped"] == "shift: needs groups=1, not groups=4"
     assert found.decisions[5].label == "shift refused"
 
 
@@ -239,7 +239,7 @@ def test_lowered_groups_are_shown() -> None:
     assert "does not fit" not in found.decisions[1].reason
     assert found.decisions[2].options["groups"] == 7
     assert plan(nn.Sequential(conv(8, 8), conv(11, 8)), "group").decisions[1].reason == (
-        "group no number of groups from 2 to 8 divides 11 input channels"
+        "group: no number of groups from 2 to 8 divides 11 input channels"
     )
 
 

@@ -34,7 +34,7 @@ PROMISED = {
     "export": (["student", "path"], ["example_inputs"]),
     "evaluate": (["model", "data"], ["teacher"]),
     "load": (["source"], ["weights", "trust"]),
-    "save": (["model", "path"], ["force"]),
+    "save": (["student", "path"], ["force"]),
 }
 
 

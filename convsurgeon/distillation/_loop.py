@@ -267,9 +267,9 @@ class _Run:
 
     def _close_epoch(self, epoch: int, folder: RunFolder | None, watch: Watch) -> None:
         scores = {name: self._accuracy(peer) for name, peer in self.method.students().items()}
-        # a tie goes to the later epoch, which has a smaller learning rate behind it
         name, score = max(scores.items(), key=lambda item: -1.0 if item[1] is None else item[1])
         best = self.state.best
+        # a tie goes to the later epoch, which has a smaller learning rate behind it
         if score is None or best is None or best["accuracy"] is None or score >= best["accuracy"]:
             self.state.best = {"name": name, "epoch": epoch + 1, "accuracy": score}
             state = self.method.students()[name].state_dict()
