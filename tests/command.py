@@ -148,7 +148,7 @@ def mynet(folder: Path, *, seed: int = 0, **kwargs: Any) -> nn.Module:
     return net.eval()
 
 
-def write_pictures(folder: Path, *, each: int = 20, size: int = 16) -> Path:
+def write_pictures(folder: Path, *, each: int = 30, size: int = 16) -> Path:
     """Write PNG files of three colors into `red`, `green` and `blue`, noisy but easy to tell apart."""
     rng = random.Random(0)
     for channel, name in enumerate(("red", "green", "blue")):

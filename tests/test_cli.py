@@ -289,19 +289,6 @@ class TestRefusals:
         assert "conv2" in said
         assert program.files() == before
 
-    def test_class_saved_from_a_script(self, program: Program) -> None:
-        script = "import torch\nfrom mynet import *\nclass Net(Net): pass\ntorch.save(Net(), 'scripted.pt')\n"
-        (program.folder / "script.py").write_text(script)
-        subprocess.run([sys.executable, "script.py"], cwd=program.folder, check=True, timeout=60)
-        line = (
-            "scripted.pt holds __main__.Net: a class saved from a script, which no other program can find; "
-            "save model.state_dict() instead and name the script and class: SCRIPT:Net --weights FILE "
-            "(mynet:Net for mynet.py)"
-        )
-        assert program("convert", "scripted.pt").error == line
-        assert program("convert", "scripted.pt", *TRUST).error == line
-        assert installed(program.folder, "convert", "scripted.pt", "--trust").error == line
-
     def test_bug_is_a_traceback_and_status_1(self, tmp_path: Path) -> None:
         code = (
             "import sys, convsurgeon.cli.ops as verb\nfrom convsurgeon.cli import main\n"

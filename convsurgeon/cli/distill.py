@@ -241,13 +241,20 @@ class _Prepared:
             example=self.example,
             test=judge,
             images=_images(judge if judge is not None else splits.train),
+            batch_size=said["batch_size"],
             limit_batches=said["limit_batches"],
             force=True,
             report=report,
         )
         ended = None
         if result.teacher is not None and judge is not None:
-            ended = evaluate(result.teacher, judge, limit_batches=said["limit_batches"], report=report).accuracy
+            ended = evaluate(
+                result.teacher,
+                judge,
+                batch_size=said["batch_size"],
+                limit_batches=said["limit_batches"],
+                report=report,
+            ).accuracy
         figures = {
             "run": str(folder),
             "student_file": str(file),

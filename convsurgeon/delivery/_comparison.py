@@ -70,6 +70,7 @@ def compare(
     example: Tensor,
     test: Any = None,
     images: Any = None,
+    batch_size: int = 256,
     limit_batches: int | None = None,
     threads: Sequence[int] | None = None,
     force: bool = False,
@@ -83,6 +84,7 @@ def compare(
         example: an input of batch 1.
         test: labelled images for accuracy and agreement.
         images: real images for the parity check.
+        batch_size: of the evaluation, where the test images are not in batches already.
         limit_batches: stop the evaluation after so many batches.
         threads: thread counts to time with; one and all cores by default.
     """
@@ -106,7 +108,9 @@ def compare(
         macs = count_macs(network, example)
         score = None
         if test is not None:
-            score = evaluate(network, test, teacher=teacher, limit_batches=limit_batches, report=report)
+            score = evaluate(
+                network, test, teacher=teacher, batch_size=batch_size, limit_batches=limit_batches, report=report
+            )
         sides[side] = Side(
             params=count_params(network),
             macs=macs.true,

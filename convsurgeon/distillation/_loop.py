@@ -298,7 +298,13 @@ class _Run:
         if self.val is None or model is None:
             return None
         try:
-            found = evaluate(model, self.val, device=self.device, limit_batches=self.config.limit_batches)
+            found = evaluate(
+                model,
+                self.val,
+                device=self.device,
+                batch_size=self.config.batch_size,
+                limit_batches=self.config.limit_batches,
+            )
         except DataError as error:
             raise DataError(f"validation: {error}") from error
         return found.accuracy

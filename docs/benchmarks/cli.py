@@ -1,6 +1,6 @@
 """How long `convsurgeon --help` takes, beside the interpreter itself, in turns.
 
-    python docs/benchmarks/cli.py
+python docs/benchmarks/cli.py
 """
 
 import shutil

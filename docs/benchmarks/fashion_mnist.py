@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from convsurgeon.surgery import count_macs, count_params
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "paper"))
 from resnet import resnet20
 
-TEACHER_EPOCHS, STUDENT_EPOCHS = 14, 3
+TEACHER_EPOCHS, STUDENT_EPOCHS = 14, 2
 IMAGE = torch.zeros(1, 1, 28, 28)
 HERE = Path(__file__).parent
 
@@ -70,10 +69,10 @@ def train_teacher(data: DataSplits, folder: Path) -> torch.nn.Module:
     return result.student
 
 
-def measure(row: dict[str, Any], teacher: torch.nn.Module, data: DataSplits) -> dict[str, Any]:
+def measure(row: dict[str, Any], teacher: torch.nn.Module, data: DataSplits, *, folder: Path) -> dict[str, Any]:
     """Convert, distil and test once."""
     student = cs.rewrite(teacher, row["op"])
-    started = time.monotonic()
+    run = folder / f"{row['op']}.{row['method']}.{row['seed']}"
     result = cs.distill(
         teacher,
         student,
@@ -82,6 +81,8 @@ def measure(row: dict[str, Any], teacher: torch.nn.Module, data: DataSplits) -> 
         method=row["method"],
         epochs=STUDENT_EPOCHS,
         seed=row["seed"],
+        run_dir=run,
+        resume=(run / "config.json").exists(),
         augmentation=Augmentation.usual((28, 28), flip=True),
     )
     score = cs.evaluate(result.student, data.test, teacher=teacher)
@@ -99,7 +100,7 @@ def measure(row: dict[str, Any], teacher: torch.nn.Module, data: DataSplits) -> 
         "macs": count_macs(student, IMAGE).true,
         "precision": result.metrics["precision"],
         "threads": torch.get_num_threads(),
-        "minutes": round((time.monotonic() - started) / 60, 1),
+        "minutes": round(result.metrics["seconds"] / 60, 1),
     }
 
 
@@ -144,7 +145,7 @@ def main() -> None:
             done = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
             if any(all(there[key] == value for key, value in row.items()) for there in done):
                 continue
-            result = measure(row, teacher, data)
+            result = measure(row, teacher, data, folder=args.runs)
             with args.results.open("a") as file:
                 file.write(json.dumps(result) + "\n")
             print(json.dumps(result), flush=True)
