@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pkgutil
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import ClassVar
 
 import onnx
 import onnxruntime
@@ -16,12 +18,15 @@ import pytest
 import torch
 from command import Program, installed, mynet
 from nets import assert_bit_identical
+from rich.console import Console
 from torch import nn
 
 import convsurgeon as cs
 from convsurgeon import cli, ops
+from convsurgeon.cli._drawing import Drawing
 from convsurgeon.data import load_data
 from convsurgeon.preprocessing import Preprocessing
+from convsurgeon.progress import Progress
 from convsurgeon.record import read_record, update_record
 
 VERBS = [module.name for module in pkgutil.iter_modules(cli.__path__) if not module.name.startswith("_")]
@@ -203,6 +208,16 @@ def refusals() -> dict[str, tuple[str, str]]:
             f"evaluate {named} --data imagefolder:pictures",
             "imagefolder:pictures: pictures does not exist; give a folder with one subfolder for each class",
         ),
+        "size of data that come as they are": (
+            f"evaluate {named} --data mydata:make --size 8",
+            "mydata:make gives its images as they are to be taken; "
+            "leave out --data-root, --size, --mean, --std and --color",
+        ),
+        "a script that ends": (
+            "convert script:Net",
+            "code that was imported ended the program by sys.exit(0); "
+            "put what a script does under: if __name__ == '__main__'",
+        ),
         "another number of classes": (
             f"evaluate {named} --data digits --color rgb",
             "the model gives 3 scores, the data has 10 classes; build the model for them "
@@ -268,6 +283,7 @@ class TestRefusals:
         (folder / "half.pt").write_bytes((folder / "model.pt").read_bytes()[:1000])
         (folder / "other.onnx").write_bytes(b"not really")
         (folder / "other.json").write_text("{}")
+        (folder / "script.py").write_text("import sys\nsys.exit(0)\n")
         before = {name: (folder / name).read_bytes() for name in program.files()}
         assert program(*typed.split()).error == line
         assert {name: (folder / name).read_bytes() for name in program.files()} == before
@@ -678,3 +694,50 @@ def test_load_and_save_keep_the_record(program: Program) -> None:
     record = read_record(cs.load(program.folder / "student.pt", trust=True))
     assert record["preprocessing"] == GRAY.to_dict()
     assert record["classes"] == [f"n{i}" for i in range(10)]
+
+
+class TestDrawing:
+    FIGURES: ClassVar = {
+        "epoch": 2,
+        "epochs": 5,
+        "loss": 1.2345,
+        "student_accuracy": 0.5,
+        "teacher_accuracy": 0.75,
+        "images_per_second": 1234.4,
+        "seconds_left": 3671,
+    }
+    NOTE = "epoch 2/5  loss 1.234  student 50.0%  teacher 75.0%  1234 images/s  1:01:11 left"
+
+    def test_bar_on_a_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen = io.StringIO()
+        terminal = Console(file=seen, force_terminal=True, width=160, color_system=None)
+        monkeypatch.setattr("convsurgeon.cli._drawing.console", lambda *, stderr: terminal)
+        with Drawing() as drawing:
+            drawing(Progress("train", 30, 100, self.FIGURES))
+        assert "train" in seen.getvalue()
+        assert "30/100" in seen.getvalue()
+        assert self.NOTE in seen.getvalue()
+
+    def test_a_line_now_and_then_elsewhere(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        clock = [100.0]
+        monkeypatch.setattr("convsurgeon.cli._drawing.time.monotonic", lambda: clock[0])
+        with Drawing() as drawing:
+            for step, clock[0] in enumerate((101.0, 109.0, 111.0, 112.0, 122.0), start=1):
+                drawing(Progress("train", step, 5, self.FIGURES))
+                drawing(Progress("evaluate", step, 5))
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err == f"step 3/5  {self.NOTE}\nstep 5/5  {self.NOTE}\n"
+
+    def test_messages_and_epochs_are_lines_of_their_own(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with Drawing() as drawing:
+            drawing(Progress("demo", message="1/5 [bold]x[/] :smile:"))
+            drawing(Progress("epoch", 1, 2, {"loss": 2.0, "student_accuracy": 0.25, "seconds": 62}))
+            drawing(Progress("epoch", message="no validation data: the last student is kept"))
+        assert capsys.readouterr().err.splitlines() == [
+            "1/5 [bold]x[/] :smile:",
+            "epoch 1/2  loss 2.000  validation: student 25.00%  1:02",
+            "no validation data: the last student is kept",
+        ]

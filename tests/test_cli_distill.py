@@ -118,10 +118,10 @@ class TestFinishedRun:
         teacher = mynet(program.folder, num_classes=10, in_chans=1)
         test = load_data("digits").test
         for network in (student, run / "student.onnx"):
-            found = evaluate(network, test, teacher=teacher, limit_batches=2)
+            found = evaluate(network, test, teacher=teacher, batch_size=32, limit_batches=2)
             assert (found.accuracy, found.agreement) == (report["after"]["accuracy"], report["after"]["agreement"])
         for network in (teacher, run / "teacher.onnx"):  # the teacher as given, not as it ended
-            assert evaluate(network, test, limit_batches=2).accuracy == report["before"]["accuracy"]
+            assert evaluate(network, test, batch_size=32, limit_batches=2).accuracy == report["before"]["accuracy"]
         assert report["after"]["delivery"]["bytes"] == (run / "student.onnx").stat().st_size
         assert report["after"]["delivery"]["parity"]["real_images"] is True
         assert report["before"]["params"] == sum(p.numel() for p in teacher.parameters())
@@ -358,11 +358,12 @@ class TestInterruption:
         assert outcome.err.splitlines()[-1] == "error: stopped"
         assert program.files() == before
 
-    def test_run_that_stopped_before_its_settings_were_written_starts_anew(self, program: Program) -> None:
-        program("distill", *READER, *DIGITS, "-o", "RUN").done()
-        for path in (program.folder / "RUN").iterdir():
-            if path.name != "command.json":
-                path.unlink()
+    def test_run_that_stopped_before_its_settings_were_written_starts_anew(
+        self, program: Program, done: tuple[Program, Outcome]
+    ) -> None:
+        (program.folder / "RUN").mkdir()
+        command = (done[0].folder / "RUN/command.json").read_text()
+        (program.folder / "RUN/command.json").write_text(command)
         program("distill", "--resume", "RUN").done()
         assert sorted(path.name for path in (program.folder / "RUN").iterdir()) == CONTENTS
 

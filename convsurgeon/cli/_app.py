@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import typer
 
-from convsurgeon.errors import ConvSurgeonError
+from convsurgeon.errors import ConvSurgeonError, ModelError
 
 _INTERRUPTED = 130
 
@@ -70,6 +70,11 @@ def _stoppable(run: Callable[..., None]) -> Callable[..., None]:
             run(*args, **kwargs)
         except KeyboardInterrupt as error:
             raise _StoppedError(str(error)) from error
+        except SystemExit as error:  # nobody here does that: code of the user's own, run by its import
+            raise ModelError(
+                f"code that was imported ended the program by sys.exit({error.code!r}); "
+                "put what a script does under: if __name__ == '__main__'"
+            ) from error
 
     return call
 

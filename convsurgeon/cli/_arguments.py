@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+DEFAULT_OP = "depthwise"
 MODEL_HELP = (
     "torchvision:NAME, timm:NAME, package.module:factory, a pickled module (.pt), or a student that convert wrote."
 )

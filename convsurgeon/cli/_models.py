@@ -157,6 +157,10 @@ def load_splits(
         raise DataError(
             f"which data? Say --data with one of {', '.join(names())}, imagefolder:DIR or package.module:factory"
         )
+    if ":" in name and not name.startswith("imagefolder:") and any((root, size, mean, std, color)):
+        raise OptionError(
+            f"{name} gives its images as they are to be taken; leave out --data-root, --size, --mean, --std and --color"
+        )
     start = base or default_preprocessing(name) or IMAGENET
     wanted = parse_preprocessing(start, size=size, mean=mean, std=std, color=color)
     splits = load_data(name, root=root, preprocessing=wanted, val_fraction=val_fraction, seed=seed)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convsurgeon.cli import _arguments as arguments
+from convsurgeon.cli._arguments import DEFAULT_OP
 from convsurgeon.cli._drawing import big, console, emit, fewer, say, tell
 from convsurgeon.errors import OptionError
 
@@ -37,6 +38,7 @@ def run(
     json: arguments.Json = False,
 ) -> None:
     """Replace standard convolutions by cheap ones, started from the dense weights, and write the student."""
+    from convsurgeon import ops
     from convsurgeon.cli._models import example_for, load_model, read_plan, selectors
     from convsurgeon.files import refuse_to_overwrite, write_text
     from convsurgeon.storage import default_output, save
@@ -46,6 +48,7 @@ def run(
     if plan is not None and any((to, keep, only, mapping, option)):
         raise OptionError("--plan is carried out as it is; leave out --to, --keep, --only, --map and --option")
     ready = read_plan(plan) if plan is not None else None
+    ops.get(to or DEFAULT_OP)  # a name that does not exist is told before a large model is loaded
     network = load_model(model, weights=weights, model_arg=model_arg, trust=trust, trust_module=trust_module)
     example = example_for(network, input_shape)
     if example is None:
@@ -54,7 +57,7 @@ def run(
             "say --input-shape 1,3,224,224 for them"
         )
     found = survey(network, example_inputs=example)
-    the_plan = ready or make_plan(found, to or "depthwise", **selectors(keep, only, mapping, option))
+    the_plan = ready or make_plan(found, to or DEFAULT_OP, **selectors(keep, only, mapping, option))
     target = output or default_output(network, model, the_plan.tag)
     plan_file = target.parent / f"{target.stem}.plan.json"
     if not dry_run:
@@ -78,7 +81,8 @@ def run(
 def _costs(network: Any, student: Any, the_plan: Plan, found: Survey) -> dict[str, Any]:
     from convsurgeon.surgery import cost_of, count_params, totals
 
-    pairs = zip(found.sites, the_plan.decisions, strict=True) if len(found.sites) == len(the_plan.decisions) else ()
+    decisions = {decision.fqns: decision for decision in the_plan.decisions}
+    pairs = [(site, decisions[site.fqns]) for site in found.sites if site.fqns in decisions]
     return {
         "params": {"before": count_params(network), "after": count_params(student)},
         "convolutions": asdict(totals(the_plan, found)),

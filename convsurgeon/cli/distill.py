@@ -148,10 +148,14 @@ class _Prepared:
     def __init__(self, said: dict[str, Any]) -> None:
         import torch
 
+        from convsurgeon import ops
         from convsurgeon.cli._models import load_model, load_splits, trusted
+        from convsurgeon.distillation import methods
         from convsurgeon.preprocessing import preprocessing_of
 
         self.said = said
+        ops.get(said["to"])  # told before a large model is loaded
+        methods.get(said["method"])
         torch.manual_seed(said["seed"])  # random weights are the same when the run is resumed
         trust = {"trust": said["trust"], "trust_module": said["trust_module"]}
         self.teacher = load_model(said["teacher"], weights=said["weights"], model_arg=said["model_arg"], **trust)

@@ -69,7 +69,7 @@ def _draw(found: Survey, rows: list[dict[str, Any]]) -> None:
 
     from convsurgeon import ops
 
-    table = Table(title=f"{found.model}: {len(rows)} convolutions")
+    table = Table(title=f"{found.model}: {len(rows)} convolution{'s' if len(rows) != 1 else ''}")
     table.add_column("name", overflow="fold")
     table.add_column("geometry")
     if found.observed:
