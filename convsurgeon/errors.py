@@ -29,6 +29,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_SHOWN = 20
+
 
 class ConvSurgeonError(Exception):
     """The root of all errors that convsurgeon raises on purpose."""
@@ -45,7 +47,10 @@ class UnknownNameError(ConvSurgeonError):
     def among(cls, kind: str, name: str, available: Iterable[str]) -> UnknownNameError:
         """Name what was asked for, the nearest match, and what there is."""
         known = sorted(available)
-        return cls(f"unknown {kind} {name!r}.{did_you_mean(name, known)} Available: {', '.join(known)}.")
+        shown = (
+            ", ".join(known) if len(known) <= _SHOWN else f"{', '.join(known[:_SHOWN])} and {len(known) - _SHOWN} more"
+        )
+        return cls(f"unknown {kind} {name!r}.{did_you_mean(name, known)} Available: {shown}.")
 
 
 class UnsupportedConvError(ConvSurgeonError):

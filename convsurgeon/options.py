@@ -46,6 +46,7 @@ def parse_pairs(items: Sequence[str], *, flag: str) -> dict[str, str]:
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
             raise OptionError(f"{flag} {item!r} must be of the form NAME=VALUE")
+        pairs.pop(key.strip(), None)  # the last of a name also takes the last place
         pairs[key.strip()] = value.strip()
     return pairs
 

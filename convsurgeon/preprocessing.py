@@ -229,7 +229,8 @@ def _numbers(option: str, text: str, channels: int) -> tuple[float, ...]:
     except ValueError as error:
         raise OptionError(f"--{option} takes numbers such as 0.5 or 0.5,0.5,0.5; got {text!r}") from error
     if len(values) not in (1, channels):
-        raise OptionError(f"--{option} takes 1 or {channels} number(s) here, got {len(values)}: {text!r}")
+        wanted = "1 number" if channels == 1 else f"1 or {channels} numbers"
+        raise OptionError(f"--{option} takes {wanted} here, got {len(values)}: {text!r}")
     return values
 
 

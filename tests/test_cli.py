@@ -383,6 +383,14 @@ class TestConvert:
         expected = cs.rewrite(mynet(program.folder), "shift")
         assert_bit_identical(student, expected)
 
+    def test_student_file_does_not_decide_what_is_imported(self, program: Program) -> None:
+        program("convert", "mynet:Net", "--to", "shift").done()
+        assert program("inspect", "Net.shift.safetensors").error == (
+            "Net.shift.safetensors is built by mynet:Net, which is code not yet allowed; "
+            "if you trust that code: --trust-module mynet, or --trust"
+        )
+        program("inspect", "Net.shift.safetensors", *TRUST).done()
+
     def test_plan_is_replayed(self, program: Program) -> None:
         choice = ("--to", "group", "--option", "group.groups=2", "--map", "conv2=shift", "--keep", "stem")
         program("convert", "model.pt", *TRUST, *choice).done()

@@ -69,7 +69,7 @@ class Architecture(ABC):
             model = builder(**args)
         except ConvSurgeonError:
             raise
-        except Exception as error:  # other people's code
+        except (Exception, SystemExit) as error:  # other people's code
             self._explain(error, args, pretrained=pretrained)
         if not isinstance(model, nn.Module):
             raise ModelError(f"{self.source} returned a {type(model).__name__}, not an nn.Module")
@@ -227,7 +227,7 @@ class FactoryArchitecture(Architecture):
                     "run where it can be imported, such as the folder that holds it"
                 ) from error
             raise ModelError(f"{self.source}: importing {self.module} failed: {one_line(error)}") from error
-        except Exception as error:  # the user's own code
+        except (Exception, SystemExit) as error:  # the user's own code
             raise ModelError(f"{self.source}: importing {self.module} failed: {one_line(error)}") from error
 
 

@@ -74,7 +74,7 @@ def _regular_size(path: Path) -> int:
 
 def _missing(path: Path) -> str:
     if path.suffix or len(path.parts) > 1:
-        return f"{path} does not exist; give a model file, or an architecture such as torchvision:resnet18"
+        return f"{path} does not exist; give a file that does, or an architecture such as torchvision:resnet18"
     return f"there is no file {path}; an architecture is written with where it is from: torchvision:{path}"
 
 

@@ -30,7 +30,7 @@ def write_student(model: nn.Module, path: Path) -> None:
     metadata = {
         "format": _FORMAT,
         "version": _VERSION,
-        "record": json.dumps(read_record(model), sort_keys=True),
+        "record": json.dumps(read_record(model)),
         "frozen": json.dumps(frozen),
     }
     write_safetensors(path, tensors, metadata)
