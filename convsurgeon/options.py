@@ -41,7 +41,7 @@ def parse_pairs(items: Sequence[str], *, flag: str) -> dict[str, str]:
     Raises:
         OptionError: for an item without `=`.
     """
-    pairs = {}
+    pairs: dict[str, str] = {}
     for item in items:
         key, equals, value = item.partition("=")
         if not equals or not key.strip():

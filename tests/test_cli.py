@@ -126,7 +126,7 @@ def refusals() -> dict[str, tuple[str, str]]:
         "empty shape": (f"inspect {named} --input-shape=", f"{shape} ''"),
         "missing file": (
             "convert lost.pt",
-            "lost.pt does not exist; give a model file, or an architecture such as torchvision:resnet18",
+            "lost.pt does not exist; give a file that does, or an architecture such as torchvision:resnet18",
         ),
         "bare name": (
             "inspect resnet18",

@@ -186,10 +186,10 @@ def test_parse_averages_and_repeats_with_the_color():
         ({"size": "1,2,3"}, "got '1,2,3'"),
         ({"size": "-4"}, "got '-4'"),
         ({"mean": "a,b"}, "--mean takes numbers such as 0.5 or 0.5,0.5,0.5; got 'a,b'"),
-        ({"mean": "0.1,0.2"}, "--mean takes 1 or 3 number(s) here, got 2: '0.1,0.2'"),
+        ({"mean": "0.1,0.2"}, "--mean takes 1 or 3 numbers here, got 2: '0.1,0.2'"),
         ({"std": "0"}, "std must be above 0"),
         ({"color": "bgr"}, "--color is 'rgb' or 'gray', not 'bgr'"),
-        ({"color": "gray", "mean": "0.1,0.2,0.3"}, "--mean takes 1 or 1 number(s) here"),
+        ({"color": "gray", "mean": "0.1,0.2,0.3"}, "--mean takes 1 number here"),
     ],
 )
 def test_parse_names_the_option_it_cannot_read(options, message):

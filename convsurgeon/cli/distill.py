@@ -81,7 +81,7 @@ def run(
         if teacher is None:
             raise OptionError("distill needs a TEACHER, such as torchvision:resnet18, or --resume RUN")
         if student is None:
-            said["to"] = to or "depthwise"
+            said["to"] = to or arguments.DEFAULT_OP
         folder = output or Path("runs") / f"{file_stem(teacher)}.{said['to'] or file_stem(str(student))}.{method}"
         if any((folder / name).exists() for name in (_COMMAND, _CONFIG)):
             raise DistillationError(
@@ -154,7 +154,7 @@ class _Prepared:
         from convsurgeon.preprocessing import preprocessing_of
 
         self.said = said
-        ops.get(said["to"])  # told before a large model is loaded
+        ops.get(said["to"] or arguments.DEFAULT_OP)  # told before a large model is loaded
         methods.get(said["method"])
         torch.manual_seed(said["seed"])  # random weights are the same when the run is resumed
         trust = {"trust": said["trust"], "trust_module": said["trust_module"]}

@@ -69,7 +69,9 @@ class Architecture(ABC):
             model = builder(**args)
         except ConvSurgeonError:
             raise
-        except (Exception, SystemExit) as error:  # other people's code
+        except SystemExit as error:
+            raise ended_the_program(error) from error
+        except Exception as error:  # other people's code
             self._explain(error, args, pretrained=pretrained)
         if not isinstance(model, nn.Module):
             raise ModelError(f"{self.source} returned a {type(model).__name__}, not an nn.Module")
@@ -227,8 +229,18 @@ class FactoryArchitecture(Architecture):
                     "run where it can be imported, such as the folder that holds it"
                 ) from error
             raise ModelError(f"{self.source}: importing {self.module} failed: {one_line(error)}") from error
-        except (Exception, SystemExit) as error:  # the user's own code
+        except SystemExit as error:
+            raise ended_the_program(error) from error
+        except Exception as error:  # the user's own code
             raise ModelError(f"{self.source}: importing {self.module} failed: {one_line(error)}") from error
+
+
+def ended_the_program(error: SystemExit) -> ModelError:
+    """Return what to say when a user's module runs like a script."""
+    return ModelError(
+        f"code that was imported ended the program by sys.exit({error.code!r}); "
+        "put what a script does under: if __name__ == '__main__'"
+    )
 
 
 def parse_name(source: str) -> Architecture | None:
