@@ -312,11 +312,19 @@ def test_augmentation_moves_by_whole_pixels_and_mirrors() -> None:
 
 def test_rates_rise_and_fall() -> None:
     settings = Training(warmup=0.2)
-    rates = [settings.rate_at(step, 10) for step in range(10)]
-    assert rates[:3] == [0.5, 1.0, 1.0]
-    assert all(a >= b for a, b in itertools.pairwise(rates[2:]))
-    assert rates[6] == pytest.approx(0.5)
-    assert 0 < rates[9] < 0.05
+    rates = [settings.rate_at(step, 1000) for step in range(1000)]
+    assert rates[:2] == [0.005, 0.01]
+    assert rates[199:201] == [1.0, 1.0]
+    assert all(a >= b for a, b in itertools.pairwise(rates[200:]))
+    assert rates[600] == pytest.approx(0.5)
+    assert 0 < rates[999] < 0.001
+
+
+def test_a_short_run_stays_below_the_peak() -> None:
+    rates = [Training(warmup=0.2).rate_at(step, 20) for step in range(20)]
+    assert rates[:2] == [1 / 80, 2 / 80]
+    assert max(rates) < 0.15
+    assert Training(warmup=0).rate_at(0, 20) == 1.0
 
 
 def test_progress_reports() -> None:

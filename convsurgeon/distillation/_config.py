@@ -12,6 +12,7 @@ import torch
 from convsurgeon.distillation._augmentation import Augmentation
 from convsurgeon.errors import OptionError
 
+_STEEPEST_RISE = 80
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 
 
@@ -72,11 +73,16 @@ class Training:
         return {**data, **{name: dict(options) for name, options in own.items()}}
 
     def rate_at(self, step: int, steps: int) -> float:
-        """Return a step's share of the peak learning rate: a linear rise, then half a cosine to zero."""
+        """Return a step's share of the peak learning rate: a linear rise, then half a cosine to zero.
+
+        The rise is never steeper than to the peak in 80 steps: a short run stays below the peak, at which a
+        network that is not settled yet would diverge. With `warmup` 0 there is no rise.
+        """
+        if not self.warmup:
+            return 0.5 * (1 + math.cos(math.pi * step / steps))
         rise = max(1, round(self.warmup * steps))
-        if step < rise:
-            return (step + 1) / rise
-        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+        fall = 0.5 * (1 + math.cos(math.pi * max(0, step - rise) / max(1, steps - rise)))
+        return min(1.0, (step + 1) / max(rise, _STEEPEST_RISE)) * fall
 
     def autocast(self, device: torch.device) -> str:
         """Return what Accelerate calls mixed precision, with `auto` decided for that device."""
