@@ -78,6 +78,7 @@ def mynet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "mynet.py").write_text(NET)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
+    sys.modules.pop("mynet", None)  # another test may have written another one
     yield __import__("mynet")
     sys.modules.pop("mynet", None)
 
