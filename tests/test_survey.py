@@ -163,7 +163,7 @@ def test_what_is_no_2d_convolution_is_listed_with_a_reason() -> None:
     found = sites(Mixed(), example_inputs=X8)
     for name, kind in (("one", "Conv1d"), ("three", "Conv3d"), ("up", "ConvTranspose2d")):
         assert found[name].spec is None
-        assert found[name].obstacle == f"{kind} is no 2-d convolution"
+        assert found[name].obstacle == f"{kind} is not a Conv2d"
         assert found[name].calls == 1
         assert (found[name].input_sizes, found[name].macs) == ((), None)
     assert found["two"].obstacle is None

@@ -39,7 +39,7 @@ def run(
 ) -> None:
     """Replace standard convolutions by cheap ones, started from the dense weights, and write the student."""
     from convsurgeon import ops
-    from convsurgeon.cli._models import example_for, load_model, read_plan, selectors
+    from convsurgeon.cli._models import example_for, load_model, note_functional, read_plan, selectors
     from convsurgeon.files import refuse_to_overwrite, write_text
     from convsurgeon.storage import default_output, save
     from convsurgeon.surgery import plan as make_plan
@@ -57,6 +57,7 @@ def run(
             "say --input-shape 1,3,224,224 for them"
         )
     found = survey(network, example_inputs=example)
+    note_functional(found)
     the_plan = ready or make_plan(found, to or DEFAULT_OP, **selectors(keep, only, mapping, option))
     target = output or default_output(network, model, the_plan.tag)
     plan_file = target.parent / f"{target.stem}.plan.json"
@@ -104,7 +105,9 @@ def _draw(the_plan: Plan, found: Survey, costs: dict[str, Any]) -> None:
     for decision in the_plan.decisions:
         cost = costs["sites"].get(decision.fqn)
         figures = []
-        if cost is not None:
+        if cost is None or decision.spec is None:
+            figures = ["–", *(["–"] if found.observed else [])]
+        else:
             figures.append(_change(cost["params_before"], cost["params_after"]))
             figures += [_change(cost["macs_before"], cost["macs_after"])] if found.observed else []
         becomes = decision.op or "kept"

@@ -87,6 +87,8 @@ def run(
             raise DistillationError(
                 f"{folder} holds a run already; go on with it by --resume {folder}, or choose another folder with -o"
             )
+        if folder.is_dir() and any(folder.iterdir()):
+            raise DistillationError(f"{folder} holds other files; choose a new or an empty folder with -o")
     set_threads(said["threads"])
     prepared = _Prepared(said)
     with _started(folder, said, resume=resume is not None), Drawing() as drawing:

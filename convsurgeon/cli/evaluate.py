@@ -9,8 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from convsurgeon.cli import _arguments as arguments
-from convsurgeon.cli._drawing import Drawing, emit, tell
+from convsurgeon.cli._drawing import Drawing, emit, say, tell
 from convsurgeon.errors import DataError, ModelError, OptionError
+
+_KINDS: dict[str, type] = {"preprocessing": dict, "classes": list}
+_NAMES = {dict: "object", list: "array"}
 
 
 def run(
@@ -43,14 +46,20 @@ def run(
         raise OptionError("--teacher-weights are for the --teacher; say which one it is")
     admitted = trusted(teacher or "", trusted(model, trust_module))
     args = args_for(model, model_arg, other=teacher)
-    network, known = _open(model, weights, args, trust=trust, admitted=admitted)
+    network, record = _open(model, weights, args, trust=trust, admitted=admitted)
     lead = None
     if teacher is not None:
         args = args_for(teacher, model_arg, other=model)
         lead, _ = _open(teacher, teacher_weights, args, trust=trust, admitted=admitted)
+    known, classes = record.get("preprocessing"), record.get("classes")
     base = Preprocessing.from_dict(known) if known else None
     splits = load_splits(data, base, root=data_root, size=size, mean=mean, std=std, color=color)
     images = {"train": splits.train, "val": splits.val, "test": splits.test}.get(split)
+    if classes and splits.classes and list(classes) != list(splits.classes):
+        say(
+            f"note: {model} was made for the classes {', '.join(map(str, classes))}; "
+            f"{splits.name} has {', '.join(splits.classes)}: answers are compared by number"
+        )
     if images is None:
         raise DataError(f"{splits.name} has no split {split!r}; choose test, val or train, as it has them")
     with Drawing() as drawing:
@@ -69,27 +78,27 @@ def run(
 def _open(
     source: str, weights: str | None, model_arg: list[str] | None, *, trust: bool, admitted: list[str]
 ) -> tuple[Any, Any]:
-    """Return something to evaluate, and its preprocessing as plain data where it knows it."""
+    """Return something to evaluate, and what it remembers of itself, as plain data."""
     if source.endswith(".onnx"):
         from convsurgeon.delivery import read_metadata, session
 
         if weights is not None or model_arg:
             raise OptionError(f"--weights and --model-arg go with an architecture, not with the ONNX file {source}")
         opened = session(source)
-        known = read_metadata(opened).get("preprocessing")
-        return opened, _as_dict(known, source) if known else None
+        metadata = read_metadata(opened)
+        return opened, {key: _parsed(metadata[key], key, source) for key in _KINDS if key in metadata}
     from convsurgeon.cli._models import load_model
     from convsurgeon.record import read_record
 
     network = load_model(source, weights=weights, model_arg=model_arg, trust=trust, trust_module=admitted)
-    return network, read_record(network).get("preprocessing")
+    return network, read_record(network)
 
 
-def _as_dict(known: str, source: str) -> dict[str, Any]:
+def _parsed(text: str, key: str, source: str) -> Any:
     try:
-        found = json_module.loads(known)
+        found = json_module.loads(text)
     except ValueError:
         found = None
-    if not isinstance(found, dict):
-        raise ModelError(f"{source} has preprocessing in its metadata that is no JSON object: {known!r}")
+    if not isinstance(found, _KINDS[key]):
+        raise ModelError(f"{source} has {key} in its metadata that is no JSON {_NAMES[_KINDS[key]]}: {text!r}")
     return found

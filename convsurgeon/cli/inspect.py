@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from convsurgeon.cli import _arguments as arguments
 from convsurgeon.cli._drawing import big, console, emit, fewer, say, tell
+from convsurgeon.cli._models import note_functional
 
 if TYPE_CHECKING:
     from convsurgeon.surgery import Site, Survey
@@ -29,7 +30,15 @@ def run(
     found = survey(network, example_inputs=example_for(network, input_shape))
     rows = [_row(site, found) for site in found.sites]
     if json:
-        emit({"model": found.model, "macs": found.macs, "untraced": found.untraced, "convolutions": rows})
+        emit(
+            {
+                "model": found.model,
+                "macs": found.macs,
+                "untraced": found.untraced,
+                "functional": found.functional,
+                "convolutions": rows,
+            }
+        )
         return
     _draw(found, rows)
 
@@ -91,6 +100,7 @@ def _draw(found: Survey, rows: list[dict[str, Any]]) -> None:
         tell(f"all convolutions: {big(found.macs)} MACs for one image")
     else:
         say("sizes and MACs need an input's shape: --input-shape 1,3,224,224")
+    note_functional(found)
     for fqn, reason in found.untraced:
         short = " ".join(reason.split())[:120]
         say(f"note: torch.fx could not trace {fqn} ({short}); its convolutions were found all the same")

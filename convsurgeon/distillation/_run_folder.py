@@ -12,6 +12,7 @@ from convsurgeon.files import append_line, make_folder, write_text
 from convsurgeon.storage import load_checkpoint, save_checkpoint
 
 _VERSION = 1
+_COMMAND = "command.json"  # what the command line remembers beside us
 
 
 class RunFolder:
@@ -35,6 +36,10 @@ class RunFolder:
         elif (self.path / "config.json").exists():
             raise DistillationError(
                 f"{self.path} holds a run already; go on with it by --resume {self.path}, or choose another folder"
+            )
+        elif foreign := sorted(each.name for each in _entries(self.path) if each.name != _COMMAND):
+            raise DistillationError(
+                f"{self.path} holds other files ({foreign[0]}); a run is written into a new or an empty folder"
             )
         make_folder(self.path)
         self._writer = _tensorboard_writer(self.path) if tensorboard else None
@@ -103,6 +108,10 @@ class RunFolder:
             if event["step"] <= step:
                 kept.append(line)
         write_text(file, "".join(f"{line}\n" for line in kept))
+
+
+def _entries(path: Path) -> list[Path]:
+    return list(path.iterdir()) if path.is_dir() else []
 
 
 def _check_same(there: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:

@@ -19,6 +19,14 @@ from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.surgery._copies import untouched_random_state
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_FUNCTIONAL = {
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+}
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 _WEIGHTED = (_ConvNd, nn.Linear, AbstractCheapConv)
 
@@ -31,11 +39,13 @@ class GraphFacts:
         order: convolutions and linear layers in call order; None if the root could not be traced.
         facts: keyword arguments of `Site` per fqn.
         untraced: modules that could not be traced, with the reason.
+        functional: functional convolutions, by the module that calls them and the function.
     """
 
     order: list[str] | None = None
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     untraced: list[tuple[str, str]] = field(default_factory=list)
+    functional: list[str] = field(default_factory=list)
 
 
 class SiteTracer(fx.Tracer):
@@ -73,9 +83,21 @@ def read_graphs(model: nn.Module) -> GraphFacts:
                 # how often a region itself is called, only the graph of the root tells
                 calls_of_it = {"calls": counts[names[node]]} if fqn == "" else {}
                 result.facts.setdefault(names[node], {**_facts(node, module, prefix=fqn), **calls_of_it})
+        result.functional += [
+            f"{_owner(node, fqn)}: {node.target.__name__}"
+            for node in graph.nodes
+            if node.op == "call_function" and node.target in _FUNCTIONAL
+        ]
         if fqn == "":
             result.order = list(names.values())
     return result
+
+
+def _owner(node: fx.Node, region: str) -> str:
+    """Return the fqn of the module whose forward made a node."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    inside = str(stack[-1][0]) if stack else ""
+    return f"{region}.{inside}".strip(".") or "(root)"
 
 
 def _regions(module: nn.Module, fqn: str, untraced: list[tuple[str, str]]) -> Iterator[tuple[str, nn.Module, fx.Graph]]:

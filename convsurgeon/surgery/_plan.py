@@ -200,7 +200,7 @@ def _impossible(site: Site) -> tuple[str, str] | None:
     if site.op is not None:
         return "converted already", f"it is a cheap convolution already: {site.op}"
     if site.obstacle is not None or site.spec is None:
-        return "not standard", site.obstacle or "it is no 2-d convolution"
+        return "not standard", site.obstacle or "it is not a Conv2d"
     return None
 
 

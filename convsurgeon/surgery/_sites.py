@@ -107,7 +107,7 @@ def shared_weights(model: nn.Module) -> dict[int, str]:
 
 def _obstacle(module: nn.Module, tied: dict[int, str]) -> str | None:
     if not isinstance(module, nn.Conv2d):
-        return f"{_type_name(module)} is no 2-d convolution"
+        return f"{_type_name(module)} is not a Conv2d"
     if is_lazy(module.weight):
         return "it is lazy and has no weights yet; run the model once first"
     for name in ("weight", "bias"):

@@ -29,12 +29,15 @@ class Survey:
         sites: the convolutions.
         untraced: modules that `torch.fx` could not trace, with the reason. Their convolutions
             were found by the module walk all the same.
+        functional: functional convolutions that the graphs show, by the module that calls them. They are
+            left as they are, and are not counted.
         observed: whether a run on an example input was observed, so that sizes and MACs are known.
     """
 
     model: str
     sites: tuple[Site, ...]
     untraced: tuple[tuple[str, str], ...]
+    functional: tuple[str, ...]
     observed: bool
 
     @property
@@ -62,7 +65,9 @@ def survey(model: nn.Module, *, example_inputs: ExampleInputs | None = None) -> 
     order = run.order if run is not None and run.order else graphs.order
     first = order[0] if order else _first_in_module_order(model)
     sites = tuple(_complete(site, graphs, run, first) for _, site in found)
-    return Survey(type(model).__name__, sites, tuple(graphs.untraced), observed=run is not None)
+    return Survey(
+        type(model).__name__, sites, tuple(graphs.untraced), tuple(graphs.functional), observed=run is not None
+    )
 
 
 @dataclass
