@@ -1,10 +1,14 @@
 """What all tests share: one thread, and hypothesis without clocks or chance."""
 
+import signal
+
 import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+# a program started in the background inherits an ignored Ctrl-C; tests send one
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("convsurgeon", deadline=None, derandomize=True)
 settings.load_profile("convsurgeon")
 

@@ -46,6 +46,7 @@ def train(
     arguments: dict[str, Any] = {
         "epochs": EPOCHS,
         "learning_rate": 0.02,
+        "warmup": 0.0,
         "precision": "no",
         "device": "cpu",
         "augmentation": Augmentation(shift=1),

@@ -264,7 +264,8 @@ class TestRefusals:
     def test_folder_of_others_is_left_as_it_was(self, program: Program) -> None:
         (program.folder / "notes").mkdir()
         (program.folder / "notes/mine.txt").write_text("mine")
-        assert program("distill", *READER, *DIGITS, "--method", "no", "-o", "notes").error.startswith("unknown method")
+        line = "notes holds other files; choose a new or an empty folder with -o"
+        assert program("distill", *READER, *DIGITS, "-o", "notes").error == line
         assert [path.name for path in (program.folder / "notes").iterdir()] == ["mine.txt"]
 
     def test_missing_fashion_mnist_names_both_ways(self, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,8 @@ from convsurgeon.storage import load_checkpoint
 TRAIN = TensorDataset(*stripes(64))
 VAL = TensorDataset(*stripes(32, seed=1))
 METHODS = methods.names()
-QUICK = {"batch_size": 16, "learning_rate": 0.02, "precision": "no", "device": "cpu"}
+# a handful of steps is no time to warm up in
+QUICK = {"batch_size": 16, "learning_rate": 0.02, "warmup": 0.0, "precision": "no", "device": "cpu"}
 
 
 def couple() -> tuple[Tiny, nn.Module]:
@@ -263,7 +264,7 @@ def test_an_image_set() -> None:
     pixels = ((images - images.min()) / (images.max() - images.min()) * 255).to(torch.uint8)
     ready = Preprocessing(size=(8, 8), mean=(0.5,), std=(0.25,), color="gray")
     data = ImageSet(pixels, labels, classes=list("abcd"), preprocessing=ready)
-    result = run(train=data, val=data, epochs=4)
+    result = run(train=data, val=data, epochs=8)
     assert result.metrics["student"] > 0.8
     with pytest.raises(DataError, match="the model gives 7 scores, the training data has 4 classes"):
         cs.distill(None, tiny(classes=7), data, method="supervised", **QUICK)
@@ -528,6 +529,15 @@ def test_an_empty_folder_is_fine_and_one_with_a_run_is_not(tmp_path: Path) -> No
     with pytest.raises(DistillationError, match="holds a run already; go on with it by --resume"):
         run(run_dir=tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "best.pt").write_text("mine")
+    with pytest.raises(
+        DistillationError, match=r"holds other files \(best.pt\); a run is written into a new or an empty"
+    ):
+        run(run_dir=tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("best.pt", "mine")]
 
 
 def test_tensorboard(tmp_path: Path) -> None:

@@ -355,3 +355,17 @@ def test_the_run_is_in_eval_mode_whatever_the_models_mode() -> None:
     model = nn.Sequential(conv(8, 8), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)).train()
     assert survey(model, example_inputs=X8).macs == 8 * 8 * (9 * 36 + 1)
     assert model.training
+
+
+def test_functional_convolutions_are_named() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, 4, 3, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.conv2d(x, self.weight, padding=1)
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), Inner())
+    assert survey(net).functional == ("1: conv2d",)
+    assert survey(nn.Sequential(nn.Conv2d(3, 4, 3))).functional == ()

@@ -12,8 +12,7 @@ from convsurgeon.cli import _arguments as arguments
 from convsurgeon.cli._drawing import Drawing, emit, say, tell
 from convsurgeon.errors import DataError, ModelError, OptionError
 
-_KINDS: dict[str, type] = {"preprocessing": dict, "classes": list}
-_NAMES = {dict: "object", list: "array"}
+_KINDS: dict[str, tuple[type, str]] = {"preprocessing": (dict, "object"), "classes": (list, "array")}
 
 
 def run(
@@ -99,6 +98,6 @@ def _parsed(text: str, key: str, source: str) -> Any:
         found = json_module.loads(text)
     except ValueError:
         found = None
-    if not isinstance(found, _KINDS[key]):
-        raise ModelError(f"{source} has {key} in its metadata that is no JSON {_NAMES[_KINDS[key]]}: {text!r}")
+    if not isinstance(found, _KINDS[key][0]):
+        raise ModelError(f"{source} has {key} in its metadata that is no JSON {_KINDS[key][1]}: {text!r}")
     return found
