@@ -750,3 +750,33 @@ class TestDrawing:
             "epoch 1/2  loss 2.000  validation: student 25.00%  1:02",
             "no validation data: the last student is kept",
         ]
+
+
+ODD = """
+import torch
+from torch import nn
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.up = nn.ConvTranspose2d(8, 8, 2)
+        self.weight = nn.Parameter(torch.zeros(8, 8, 3, 3))
+
+    def forward(self, x):
+        return self.up(nn.functional.conv2d(self.conv(x), self.weight))
+"""
+
+
+def test_what_is_not_converted_is_named_and_has_no_made_up_figures(tmp_path: Path) -> None:
+    (tmp_path / "oddnet.py").write_text(ODD)
+    program = Program(tmp_path)
+    note = "note: functional convolutions are left as they are and not counted: (root): conv2d"
+    flags = ("oddnet:Odd", "--input-shape", "1,8,16,16")
+    converted = program("convert", *flags, "--dry-run").done()
+    assert note in converted.err.splitlines()
+    assert note in program("inspect", *flags).done().err.splitlines()
+    (row,) = [line for line in converted.out.splitlines() if line.startswith("│ up ")]
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells == ["up", "–", "kept", "–", "–", "ConvTranspose2d is not a Conv2d"]
