@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +15,9 @@ Pair = tuple[int, int]
 @dataclass(frozen=True)
 class ConvSpec:
     """What one `nn.Conv2d` does to a shape, under `nn.Conv2d`'s own argument names.
+
+    `padding="same"` with a stride, which torch does not have, is TensorFlow's: the input is padded so
+    that the output has `ceil(size / stride)` pixels, the odd one at the end.
 
     Examples:
         >>> spec = ConvSpec(64, 128, (3, 3), stride=(2, 2), padding=(1, 1))
@@ -52,6 +55,27 @@ class ConvSpec:
         )
 
     @classmethod
+    def from_call(
+        cls, in_channels: int, out_channels: int, kernel_size: Pair, arguments: Mapping[str, Any]
+    ) -> ConvSpec:
+        """Read the geometry off the arguments of a call of `torch.conv2d`, by their names.
+
+        Raises:
+            ValueError, TypeError: if an argument is no plain number.
+        """
+        padding = arguments.get("padding", 0)
+        return cls(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            kernel_size=kernel_size,
+            stride=_pair(arguments.get("stride", 1)),
+            padding=padding if isinstance(padding, str) else _pair(padding),
+            dilation=_pair(arguments.get("dilation", 1)),
+            groups=int(arguments.get("groups", 1)),
+            bias=arguments.get("bias") is not None,
+        )
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ConvSpec:
         """Rebuild a spec from `to_dict()`, whose pairs JSON has made lists."""
         fields: dict[str, Any] = {
@@ -85,8 +109,27 @@ class ConvSpec:
         return weights + (self.out_channels if self.bias else 0)
 
     @property
+    def pads_by_size(self) -> bool:
+        """Whether the padding depends on the input's size, as TensorFlow's `"same"` with a stride does."""
+        return self.padding == "same" and self.stride != (1, 1)
+
+    def unpadded(self, height: int, width: int) -> tuple[ConvSpec, int, int]:
+        """Return geometry and input size with padding that depends on the size done beforehand.
+
+        >>> spec, height, width = ConvSpec(8, 8, (3, 3), stride=(2, 2), padding="same").unpadded(8, 9)
+        >>> spec.padding, height, width
+        ((0, 0), 9, 11)
+        """
+        if not self.pads_by_size:
+            return self, height, width
+        sides = zip((height, width), self.kernel_size, self.stride, self.dilation, strict=True)
+        height, width = (max((-(-size // s) - 1) * s + (k - 1) * d + 1, size) for size, k, s, d in sides)
+        return replace(self, padding=(0, 0)), height, width
+
+    @property
     def pads(self) -> tuple[Pair, Pair]:
         """Padding before and after, per axis; `"same"` pads the odd one out at the end, as torch does."""
+        assert not self.pads_by_size, "how much is padded depends on the input: see unpadded()"
         if self.padding == "valid":
             return (0, 0), (0, 0)
         if isinstance(self.padding, str):
@@ -96,6 +139,9 @@ class ConvSpec:
 
     def output_size(self, height: int, width: int) -> Pair:
         """Return the output's height and width for an input's, as `nn.Conv2d` gives them."""
+        if self.pads_by_size:
+            spec, height, width = self.unpadded(height, width)
+            return spec.output_size(height, width)
         sizes = [
             (size + sum(pad) - d * (k - 1) - 1) // s + 1
             for size, pad, d, k, s in zip(
@@ -130,7 +176,9 @@ class ConvSpec:
 
 
 def _pair(value: Any) -> Pair:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+    if isinstance(value, int):
+        return value, value
+    return int(value[0]), int(value[-1])  # torch takes a list of one, too
 
 
 def _by(pair: Pair) -> str:

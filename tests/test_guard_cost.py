@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -69,10 +70,14 @@ def test_equal_outputs_pass() -> None:
         ),
         (lambda x: x, lambda x: x.flatten(1), "output has 2 dimensions, expected 4"),
         (lambda x: {"a": x, "b": 1}, lambda x: {"a": x, "b": "1"}, "output['b'] is str, expected int"),
-        (lambda x: {"a": x}, lambda x: {"b": x}, "output is TreeSpec(dict, ['b']"),
-        (lambda x: (x, {"a": x, "c": [x]}), lambda x: (x, {"a": x, "c": [x, x]}), "output is TreeSpec"),
-        (lambda x: (x,), lambda x: [x], "output is TreeSpec(list"),
-        (lambda x: (x, 1), lambda x: (x, x), "output[1] is Tensor, expected int"),
+        (lambda x: {"a": x}, lambda x: {"b": x}, "output has output['b'] where output['a'] is expected"),
+        (
+            lambda x: (x, {"a": x, "c": [x]}),
+            lambda x: (x, {"a": x, "c": [x, x]}),
+            "output[1]['c'] is list of 2, expected list of 1",
+        ),
+        (lambda x: (x,), lambda x: [x], "output is list of 1, expected tuple of 1"),
+        (lambda x: (x, 1), lambda x: (x, x), "output[1] is torch.float32, expected int"),
         (lambda x: x, lambda x: 1 / 0, "the student fails on the example input 1x8x6x6, which Answer takes"),
     ],
 )
@@ -103,17 +108,85 @@ def test_an_op_of_the_wrong_size_is_caught(name: str, monkeypatch: pytest.Monkey
         rewrite(nn.Sequential(conv(8, 8)), name, example_inputs=X8)
 
 
-def test_a_model_that_reads_the_weight_is_caught_where_there_is_an_input() -> None:
-    class Reader(nn.Module):
-        def __init__(self) -> None:
+def test_the_first_module_that_differs_is_named() -> None:
+    class Block(nn.Module):
+        def __init__(self, crop: int) -> None:
             super().__init__()
-            self.conv = conv(8, 8)
+            self.conv, self.crop = conv(8, 8), crop
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.conv2d(x, self.conv.weight, padding=1)
+            return self.conv(x)[..., self.crop :]
 
-    with pytest.raises(cs.errors.GuardError, match="no attribute 'weight'"):
-        rewrite(Reader(), example_inputs=X8)
+    model = nn.Sequential(conv(8, 8), Block(0), nn.ReLU())
+    student = nn.Sequential(conv(8, 8), Block(1), nn.ReLU())
+    with pytest.raises(cs.errors.GuardError) as caught:
+        check_outputs(model, student, X8)
+    assert str(caught.value).endswith("the first module that differs is 1: 1x8x6x5, expected 1x8x6x6")
+
+
+class Modal(nn.Module):
+    """Gives one more output in train mode, and fails there on a batch of one."""
+
+    def __init__(self, train_columns: int = 6) -> None:
+        super().__init__()
+        self.conv = conv(8, 8)
+        self.columns = train_columns
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.conv(x)
+        if not self.training:
+            return x
+        if len(x) < 2:
+            raise ValueError("a batch of one")
+        return x, x[..., : self.columns]
+
+
+def test_train_mode_is_compared_with_a_batch_of_two() -> None:
+    assert check_outputs(Modal(), Modal(), X8).not_trained is None
+    with pytest.raises(cs.errors.GuardError, match=r"output\[1\] has size \(2, 8, 6, 5\).*in train mode"):
+        check_outputs(Modal(), Modal(5), X8)
+
+
+def test_what_keeps_train_mode_from_being_compared_is_said() -> None:
+    class NeedsTargets(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                raise ValueError("targets should not be None")
+            return super().forward(x)
+
+    events: list[str] = []
+    rewrite(NeedsTargets(conv(8, 8)), example_inputs=X8, report=lambda event: events.append(event.message))
+    assert events[-1].endswith(
+        "train mode was not compared: the model itself does not run that way: ValueError: targets should not be None"
+    )
+
+
+def test_without_an_input_images_are_tried() -> None:
+    report = check_outputs(*pair(lambda x: x, lambda x: x))
+    assert report.inputs == "a generated 1x8x64x64"
+    with pytest.raises(cs.errors.GuardError, match="on the example input a generated 1x8x64x64"):
+        check_outputs(*pair(lambda x: x, lambda x: x[..., 1:]))
+    report = check_outputs(*pair(lambda x: 1 / 0, lambda x: x))
+    assert report.inputs is None
+    assert "none was found that the model takes" in str(report)
+
+
+def test_dataclasses_and_other_objects_are_looked_into() -> None:
+    @dataclasses.dataclass
+    class Result:
+        logits: Tensor
+        names: list[str]
+
+    class Plain:
+        def __init__(self, logits: Tensor) -> None:
+            self.logits = logits
+
+    for make in (lambda x: Result(x, ["a"]), Plain):
+        assert check_outputs(*pair(make, make), X8).not_trained is None
+    with pytest.raises(cs.errors.GuardError, match=r"output\.logits has size \(1, 8, 6, 5\)"):
+        check_outputs(*pair(lambda x: Result(x, []), lambda x: Result(x[..., 1:], [])), X8)
+    with pytest.raises(cs.errors.GuardError, match=r"output\.logits is torch\.float64, expected torch\.float32"):
+        check_outputs(*pair(Plain, lambda x: Plain(x.double())), X8)
 
 
 class Detector(nn.Module):
@@ -139,6 +212,12 @@ def test_sizes_that_depend_on_the_data_are_forgiven() -> None:
     student = rewrite(model, "shift", example_inputs=x)
     mine, theirs = ([len(each["boxes"]) for each in net(x)] for net in (model, student))
     assert mine != theirs
+    report = check_outputs(model, student, x)
+    assert set(report.data_dependent) <= {
+        f"output[{i}][{key!r}] dimension 0" for i in (0, 1) for key in ("boxes", "scores")
+    }
+    assert report.data_dependent
+    assert "left out, since they depend on the data: output[" in str(report)
 
 
 def test_only_the_sizes_that_depend_on_the_data_are_forgiven() -> None:

@@ -116,14 +116,10 @@ def test_mapping_cannot_do_what_the_op_cannot() -> None:
     assert found.decisions[5].label == "shift refused"
 
 
-def test_a_subclass_is_kept_and_can_be_mapped_unless_its_forward_is_its_own() -> None:
-    model = nn.Sequential(conv(8, 8), Custom(8, 8, 3), Blurred(8, 8, 3))
-    by_default = plan(model)
-    assert decided(by_default) == {"0": "depthwise", "1": None, "2": None}
-    for name in ("1", "2"):
-        assert reasons(by_default)[name].endswith("is a subclass of Conv2d whose semantics are not known")
-    mapped = plan(model, mapping={"*": "shift"})
-    assert decided(mapped) == {"0": "shift", "1": "shift", "2": None}
+def test_a_subclass_is_decided_by_what_it_computes() -> None:
+    found = plan(nn.Sequential(conv(8, 8), Custom(8, 8, 3), Blurred(8, 8, 3)))
+    assert decided(found) == {"0": "depthwise", "1": "depthwise", "2.weight": "depthwise"}
+    assert reasons(found)["2.weight"].endswith("inside the forward of test_plan.Blurred, which stays")
 
 
 def test_only_restricts_and_does_not_override() -> None:
@@ -185,12 +181,13 @@ def test_nothing_converted_counts_the_reasons() -> None:
     with pytest.raises(cs.errors.NothingToConvertError) as caught:
         plan(model, "bsconv")
     assert str(caught.value) == (
-        "no convolution of Sequential can become 'bsconv': 2 are 1x1, 1 is grouped; `convsurgeon inspect` shows each"
+        "nothing to convert: 0 of 3 convolutions of Sequential can become 'bsconv': 2 are 1x1, 1 is grouped; "
+        "`convsurgeon inspect` shows each"
     )
 
 
 def test_nothing_to_convert_at_all() -> None:
-    with pytest.raises(cs.errors.NothingToConvertError, match="Linear has no convolution module"):
+    with pytest.raises(cs.errors.NothingToConvertError, match="Linear has no convolution;"):
         plan(nn.Linear(2, 2), keep="whatever")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -195,14 +196,14 @@ class Clamped(nn.Conv2d):
 def test_a_subclass_is_named_with_its_module() -> None:
     site = survey(nn.Sequential(Clamped(8, 8, 3))).sites[0]
     assert site.type.endswith("test_survey.Clamped")
-    assert site.obstacle == f"{site.type} is a subclass of Conv2d whose semantics are not known"
+    assert site.obstacle == f"{site.type} is a subclass of Conv2d that writes to its weight when it runs"
     assert survey(nn.Sequential(Custom(8, 8, 3))).sites[0].obstacle is None
 
 
 def test_a_forward_that_was_replaced_is_an_obstacle() -> None:
     model = nn.Sequential(conv(8, 8))
     model[0].forward = lambda x: x
-    assert survey(model).sites[0].obstacle == "its forward was replaced, so its semantics are not known"
+    assert survey(model).sites[0].obstacle == "its forward was replaced by one that runs 0 convolutions, not one"
 
 
 def test_tied_weights_are_an_obstacle_that_names_both() -> None:
@@ -210,9 +211,9 @@ def test_tied_weights_are_an_obstacle_that_names_both() -> None:
     model[1].weight = model[0].weight
     model[2].bias = model[0].bias
     obstacles = [site.obstacle for site in survey(model).sites]
-    assert obstacles[0] == "its weight is tied: 0.weight and 1.weight are one tensor"
+    assert obstacles[0] == "its weight is tied, and stays so: 0.weight and 1.weight are one tensor"
     assert obstacles[1] == obstacles[0]
-    assert obstacles[2] == "its bias is tied: 0.bias and 2.bias are one tensor"
+    assert obstacles[2] == "its bias is tied, and stays so: 0.bias and 2.bias are one tensor"
 
 
 def prune(model: nn.Sequential, name: str) -> None:
@@ -230,23 +231,36 @@ def parametrize(model: nn.Sequential, name: str) -> None:
 
 
 @pytest.mark.parametrize("compute", [prune, weight_norm, parametrize])
-def test_a_computed_weight_is_an_obstacle_and_no_hindrance(compute) -> None:
+def test_a_computed_weight_is_baked_in(compute) -> None:
     model = nn.Sequential(conv(8, 8), conv(8, 8)).eval()
     compute(model, "weight")
     first, second = survey(model, example_inputs=X8).sites
-    assert first.obstacle is not None
-    assert first.obstacle.startswith("its weight is computed when it runs")
-    assert second.obstacle is None
-    student = cs.rewrite(model, example_inputs=X8)
-    assert isinstance(student[0], nn.Conv2d)
+    assert first.obstacle is None
+    assert first.note is not None
+    assert "baked in" in first.note or "the sparsity is lost" in first.note
+    assert second.note is None
+    kernel = model[0].weight.detach().clone()
+    student = cs.rewrite(model, "group", options={"groups": 2}, example_inputs=X8)
+    plain = nn.Sequential(conv(8, 8), copy.deepcopy(model[1]))
+    plain[0].load_state_dict({"weight": kernel, "bias": model[0].bias.detach()})
+    expected = cs.rewrite(plain, "group", options={"groups": 2})
+    assert list(student.state_dict()) == list(expected.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(student[0](X8), model[0](X8), rtol=0, atol=0)
+        torch.testing.assert_close(student(X8), expected(X8), rtol=0, atol=0)
+    assert not student[0]._forward_pre_hooks
+    student.train()(X8).sum().backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
 
 
-def test_a_computed_bias_is_an_obstacle() -> None:
+def test_a_computed_bias_is_baked_in() -> None:
     model = nn.Sequential(conv(8, 8), conv(8, 8))
     prune(model, "bias")
-    assert survey(model).sites[0].obstacle.startswith("its bias is computed when it runs")
+    site = survey(model).sites[0]
+    assert site.obstacle is None
+    assert site.note == "started from its pruned weight; the sparsity is lost"
+    student = cs.rewrite(model, "shift")
+    assert torch.equal(student[0].bias, model[0].bias)
+    assert isinstance(student[0].bias, nn.Parameter)
 
 
 def test_a_lazy_convolution_stays_lazy() -> None:
@@ -259,7 +273,7 @@ def test_a_lazy_convolution_stays_lazy() -> None:
 
 def test_a_complex_weight_is_an_obstacle() -> None:
     model = nn.Sequential(conv(8, 8, dtype=torch.complex64))
-    assert survey(model).sites[0].obstacle == "its weight is complex (torch.complex64)"
+    assert survey(model).sites[0].obstacle == "its weight is complex"
 
 
 class Noisy(nn.Module):
@@ -355,17 +369,3 @@ def test_the_run_is_in_eval_mode_whatever_the_models_mode() -> None:
     model = nn.Sequential(conv(8, 8), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)).train()
     assert survey(model, example_inputs=X8).macs == 8 * 8 * (9 * 36 + 1)
     assert model.training
-
-
-def test_functional_convolutions_are_named() -> None:
-    class Inner(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(4, 4, 3, 3))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return nn.functional.conv2d(x, self.weight, padding=1)
-
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), Inner())
-    assert survey(net).functional == ("1: conv2d",)
-    assert survey(nn.Sequential(nn.Conv2d(3, 4, 3))).functional == ()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from convsurgeon.data import DataSplits
     from convsurgeon.preprocessing import Preprocessing
-    from convsurgeon.surgery import Plan, Survey
+    from convsurgeon.surgery import Plan
 
 
 def load_model(
@@ -74,12 +74,6 @@ def _in_order(items: list[str]) -> dict[str, str]:
             found.pop(pattern, None)
             found[pattern] = op
     return found
-
-
-def note_functional(found: Survey) -> None:
-    """Say which convolutions are no modules, and so are neither listed nor counted."""
-    if found.functional:
-        say(f"note: functional convolutions are left as they are and not counted: {', '.join(found.functional)}")
 
 
 def read_plan(path: Path) -> Plan:

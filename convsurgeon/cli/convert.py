@@ -39,7 +39,7 @@ def run(
 ) -> None:
     """Replace standard convolutions by cheap ones, started from the dense weights, and write the student."""
     from convsurgeon import ops
-    from convsurgeon.cli._models import example_for, load_model, note_functional, read_plan, selectors
+    from convsurgeon.cli._models import example_for, load_model, read_plan, selectors
     from convsurgeon.files import refuse_to_overwrite, write_text
     from convsurgeon.storage import default_output, save
     from convsurgeon.surgery import plan as make_plan
@@ -53,18 +53,19 @@ def run(
     example = example_for(network, input_shape)
     if example is None:
         say(
-            "note: no input shape is known, so there are no sizes, no MACs and no check of the output's shape; "
-            "say --input-shape 1,3,224,224 for them"
+            "note: no input shape is known, so there are no sizes and no MACs; say --input-shape 1,3,224,224 for them"
         )
     found = survey(network, example_inputs=example)
-    note_functional(found)
     the_plan = ready or make_plan(found, to or DEFAULT_OP, **selectors(keep, only, mapping, option))
     target = output or default_output(network, model, the_plan.tag)
     plan_file = target.parent / f"{target.stem}.plan.json"
     if not dry_run:
         refuse_to_overwrite(target, force=force)
         refuse_to_overwrite(plan_file, force=force)
-    student = rewrite(network, the_plan, example_inputs=example)
+    checked: list[str] = []
+    student = rewrite(
+        network, the_plan, example_inputs=example, report=lambda event: checked.append(event.message or "")
+    )
     written = {}
     if not dry_run:
         save(student, target, force=force)
@@ -72,9 +73,11 @@ def run(
         written = {"student": str(target), "plan_file": str(plan_file)}
     costs = _costs(network, student, the_plan, found)
     if json:
-        emit({"model": found.model, "plan": the_plan.to_dict(), **costs, **written})
+        emit({"model": found.model, "plan": the_plan.to_dict(), **costs, "checked": checked, **written})
         return
     _draw(the_plan, found, costs)
+    for line in checked:
+        tell(f"checked: {line}")
     for what, path in written.items():
         tell(f"{what.replace('_', ' ')}: {path}")
 

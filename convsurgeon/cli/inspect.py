@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from convsurgeon.cli import _arguments as arguments
 from convsurgeon.cli._drawing import big, console, emit, fewer, say, tell
-from convsurgeon.cli._models import note_functional
 
 if TYPE_CHECKING:
     from convsurgeon.surgery import Site, Survey
@@ -35,7 +34,6 @@ def run(
                 "model": found.model,
                 "macs": found.macs,
                 "untraced": found.untraced,
-                "functional": found.functional,
                 "convolutions": rows,
             }
         )
@@ -64,7 +62,7 @@ def _row(site: Site, found: Survey) -> dict[str, Any]:
     share = None if found.macs in (None, 0) or site.macs is None else site.macs / found.macs
     return {
         **data,
-        "geometry": str(site.spec) if site.spec else site.type,
+        "geometry": f"{site.spec or site.type}{f', in {site.source}' if site.source else ''}",
         "macs": site.macs,
         "share": share,
         "ops": offers,
@@ -100,7 +98,6 @@ def _draw(found: Survey, rows: list[dict[str, Any]]) -> None:
         tell(f"all convolutions: {big(found.macs)} MACs for one image")
     else:
         say("sizes and MACs need an input's shape: --input-shape 1,3,224,224")
-    note_functional(found)
     for fqn, reason in found.untraced:
         short = " ".join(reason.split())[:120]
         say(f"note: torch.fx could not trace {fqn} ({short}); its convolutions were found all the same")

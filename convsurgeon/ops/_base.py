@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import typing
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar, Self, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from convsurgeon.errors import UnsupportedConvError
+from convsurgeon.ops._same_padding import SamePadding
 from convsurgeon.options import parse_options
 from convsurgeon.spec import ConvSpec, Pair
 
+_CONV2D_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -93,6 +97,15 @@ class AbstractCheapConv(nn.Module, ABC):
         bias: Tensor | None = getattr(self, self.last).bias
         return bias
 
+    def __getattr__(self, name: str) -> Any:
+        """Find `weight` too, if the op has none of its own: the dense kernel it equals, as model code expects."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name != "weight":
+                raise
+        return self.as_dense()
+
     @property
     def spec(self) -> ConvSpec:
         """The geometry of the convolution this op stands in for."""
@@ -127,7 +140,10 @@ class AbstractCheapConv(nn.Module, ABC):
         if reason := cls.why_not(spec, options):
             raise UnsupportedConvError(f"{cls.name}: {reason} ({spec})")
         with torch.device(device or torch.get_default_device()):
-            op = cls(spec, options)
+            op = cls(replace(spec, padding=(0, 0)) if spec.pads_by_size else spec, options)
+        if spec.pads_by_size:
+            op.padding = spec.padding
+            op.register_forward_pre_hook(SamePadding(spec))
         return op.to(dtype=dtype or torch.get_default_dtype())
 
     @classmethod
@@ -154,6 +170,34 @@ class AbstractCheapConv(nn.Module, ABC):
         if op.bias is not None and bias is not None:
             op.bias.requires_grad_(bias.requires_grad)
         return op.train(conv.training)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Stand in for a weight: `torch.conv2d(x, op, bias, ...)` runs the op, all else sees its dense kernel.
+
+        This is how functional convolutions are rewritten: the op takes the place of the parameter, and the
+        model's own forward, whatever it does, stays as it is.
+        """
+        call = dict(zip(_CONV2D_ARGUMENTS, args, strict=False)) | (kwargs or {})
+        op = call.get("weight")
+        if func is torch.conv2d and isinstance(op, AbstractCheapConv) and op._is_called_as_donor(call):
+            out: Tensor = op(call["input"])
+            bias = call.get("bias")
+            return out if bias is None else out + bias.view(-1, 1, 1)
+        dense_args, dense_kwargs = pytree.tree_map_only(AbstractCheapConv, lambda op: op.as_dense(), (args, kwargs))
+        return func(*dense_args, **(dense_kwargs or {}))
+
+    def _is_called_as_donor(self, call: dict[str, Any]) -> bool:
+        spec = ConvSpec.from_call(self.in_channels, self.out_channels, self.kernel_size, call)
+        return spec == replace(self.spec, bias=spec.bias)
+
+    @final
+    def __fx_create_arg__(self, tracer: fx.Tracer) -> fx.Node:
+        """Be an attribute in a graph, as the parameter was that this op stands for."""
+        name = next(name for name, module in tracer.root.named_modules() if module is self)
+        return tracer.create_node("get_attr", name, (), {})
 
     def extra_repr(self) -> str:
         """Say the geometry and the options, as `print(model)` shows them."""

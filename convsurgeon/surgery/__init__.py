@@ -2,6 +2,7 @@
 
 from convsurgeon.surgery._cost import Cost, Macs, cost_of, count_macs, count_params, example_like, totals
 from convsurgeon.surgery._graph import trace as trace_graph
+from convsurgeon.surgery._guard import GuardReport
 from convsurgeon.surgery._plan import Decision, Plan, default_keep, mac_ratio, plan
 from convsurgeon.surgery._rewrite import check_outputs, plan_of, rebuild, rewrite
 from convsurgeon.surgery._sites import Site
@@ -10,6 +11,7 @@ from convsurgeon.surgery._survey import Survey, survey
 __all__ = [
     "Cost",
     "Decision",
+    "GuardReport",
     "Macs",
     "Plan",
     "Site",

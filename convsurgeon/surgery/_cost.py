@@ -70,8 +70,8 @@ def _cost_as(name: str, site: Site, values: Mapping[str, Any], *, observed: bool
     params = count_params(op.build(spec, options, device="meta"))
     if not observed:
         return Cost(spec.params, params)
-    true = sum(op.macs(spec, *size, options) for size in site.input_sizes)
-    hot = sum(op.one_hot_macs(spec, *size, options) for size in site.input_sizes)
+    true = sum(op.macs(*spec.unpadded(*size), options) for size in site.input_sizes)
+    hot = sum(op.one_hot_macs(*spec.unpadded(*size), options) for size in site.input_sizes)
     return Cost(spec.params, params, site.macs or 0, true, true + hot)
 
 
@@ -101,11 +101,12 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> Macs:
         assert isinstance(module, AbstractCheapConv)
         x = args[0] if args else kwargs["x"]
         batch, height, width = x.shape[0] if x.dim() == 4 else 1, x.shape[-2], x.shape[-1]
-        hot += int(batch) * module.one_hot_macs(module.spec, int(height), int(width), module.options)
+        hot += int(batch) * module.one_hot_macs(*module.spec.unpadded(int(height), int(width)), module.options)
 
     for module in copy.modules():
         if isinstance(module, AbstractCheapConv):
-            module.register_forward_pre_hook(note, with_kwargs=True)
+            # before the op's own padding
+            module.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
     with FlopCounterMode(display=False) as counter:
         call(copy, example_inputs)
     counted = counter.get_total_flops() // 2

@@ -6,27 +6,22 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
 from convsurgeon.errors import one_line
 from convsurgeon.ops import AbstractCheapConv
+from convsurgeon.surgery._calls import CONVOLUTIONS, METHODS, PROPERTIES, bind, caller, spec_of
 from convsurgeon.surgery._copies import untouched_random_state
+from convsurgeon.surgery._functional import Finding, Names
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_FUNCTIONAL = {
-    torch.conv1d,
-    torch.conv2d,
-    torch.conv3d,
-    torch.conv_transpose1d,
-    torch.conv_transpose2d,
-    torch.conv_transpose3d,
-}
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 _WEIGHTED = (_ConvNd, nn.Linear, AbstractCheapConv)
 
@@ -39,13 +34,13 @@ class GraphFacts:
         order: convolutions and linear layers in call order; None if the root could not be traced.
         facts: keyword arguments of `Site` per fqn.
         untraced: modules that could not be traced, with the reason.
-        functional: functional convolutions, by the module that calls them and the function.
+        findings: functional convolutions, and other reads of kernels.
     """
 
     order: list[str] | None = None
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     untraced: list[tuple[str, str]] = field(default_factory=list)
-    functional: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
 
 class SiteTracer(fx.Tracer):
@@ -54,6 +49,13 @@ class SiteTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Keep convolutions of any class, and ops, whole."""
         return isinstance(m, _WEIGHTED) or super().is_leaf_module(m, module_qualified_name)
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Note the source line of functional convolutions: a traceback for every node would be slow."""
+        node = super().create_node(kind, target, *args, **kwargs)
+        if kind == "call_function" and target in CONVOLUTIONS:
+            node.meta["source_line"] = caller()[1]
+        return node
 
 
 def trace(module: nn.Module) -> fx.Graph:
@@ -64,33 +66,99 @@ def trace(module: nn.Module) -> fx.Graph:
         return SiteTracer().trace(module, concrete_args=optional or None)
 
 
-def read_graphs(model: nn.Module) -> GraphFacts:
+def read_graphs(model: nn.Module, names: Names) -> GraphFacts:
     """Trace the largest regions of a model that can be traced and read the facts off them.
 
     The model is changed by whatever its own forward does to it: give a copy.
     """
     result = GraphFacts()
     for fqn, module, graph in _regions(model, "", result.untraced):
-        calls = [
-            node
-            for node in graph.nodes
-            if node.op == "call_module" and isinstance(module.get_submodule(node.target), _WEIGHTED)
-        ]
-        names = {node: f"{fqn}.{node.target}".lstrip(".") for node in calls}
-        counts = Counter(names.values())
-        for node in calls:
-            if not isinstance(module.get_submodule(node.target), nn.Linear):
+        called: dict[fx.Node, str] = {}
+        for node in graph.nodes:
+            if node.op == "call_module" and isinstance(module.get_submodule(node.target), _WEIGHTED):
+                called[node] = f"{fqn}.{node.target}".lstrip(".")
+            elif node.op == "call_function" and node.target in CONVOLUTIONS:
+                finding = _functional(node, module, fqn, names)
+                if finding is not None:
+                    called[node] = finding.kernel or f"{finding.owner}.{finding.function}()"
+                    result.findings.append(finding)
+            elif node.op == "get_attr":
+                result.findings += _reads(node, fqn, names)
+        counts = Counter(called.values())
+        for node, called_as in called.items():
+            if node.op == "call_module" and not isinstance(module.get_submodule(str(node.target)), nn.Linear):
                 # how often a region itself is called, only the graph of the root tells
-                calls_of_it = {"calls": counts[names[node]]} if fqn == "" else {}
-                result.facts.setdefault(names[node], {**_facts(node, module, prefix=fqn), **calls_of_it})
-        result.functional += [
-            f"{_owner(node, fqn)}: {node.target.__name__}"
-            for node in graph.nodes
-            if node.op == "call_function" and node.target in _FUNCTIONAL
-        ]
+                calls_of_it = {"calls": counts[called_as]} if fqn == "" else {}
+                result.facts.setdefault(called_as, {**_facts(node, module, prefix=fqn), **calls_of_it})
         if fqn == "":
-            result.order = list(names.values())
+            result.order = list(called.values())
     return result
+
+
+def _functional(node: fx.Node, region: nn.Module, fqn: str, names: Names) -> Finding | None:
+    """Return what a graph tells about a functional convolution; None if it is an op that was put there."""
+    arguments = bind(node.args, node.kwargs)
+    weight = arguments.get("weight")
+    found = Finding(CONVOLUTIONS[node.target], _owner(node, fqn), node.meta["source_line"], "fx")  # type: ignore[index]
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        problem = "its kernel is computed from its parameters when it runs"
+        if not isinstance(weight, fx.Node) or _depends_on_input(weight):
+            problem = "its kernel is computed from the input"
+        return replace(found, problem=problem)
+    tensor = _attribute(region, str(weight.target))
+    if isinstance(tensor, AbstractCheapConv):
+        return None
+    kernel = names.first(tensor)
+    if kernel is None:
+        return replace(found, problem="its kernel is neither a parameter nor a buffer of the model")
+    if tensor.dim() != 4 or found.function != "conv2d":
+        return replace(found, kernel=kernel)
+    spec, obstacle = spec_of(tensor.shape, arguments)
+    return replace(found, kernel=kernel, spec=spec, problem=obstacle, facts=_facts(node, region, prefix=fqn))
+
+
+def _reads(node: fx.Node, fqn: str, names: Names) -> list[Finding]:
+    """Return the uses of a kernel other than as the kernel of a functional convolution."""
+    name = f"{fqn}.{node.target}".lstrip(".")
+    if name not in names.by_name:
+        return []
+    name = names.fqns[names.by_name[name]][0]
+    owned = names.convolution_of(name) is not None
+    found = []
+    for user in node.users:
+        is_conv = user.op == "call_function" and user.target in CONVOLUTIONS
+        as_kernel = is_conv and bind(user.args, user.kwargs).get("weight") is node
+        if (as_kernel and not owned) or _looks_only(user):
+            continue
+        function = str(getattr(user.target, "__name__", user.target))
+        where = str(user.meta.get("source_line", ""))
+        found.append(Finding(function, _owner(user, fqn), where, "fx", name, is_convolution=False))
+    return found
+
+
+def _looks_only(node: fx.Node) -> bool:
+    """Whether a node only asks for a tensor's shape, dtype or device."""
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in PROPERTIES
+    return node.op == "call_method" and node.target in METHODS
+
+
+def _depends_on_input(node: fx.Node) -> bool:
+    waiting, seen = [node], set()
+    while waiting:
+        current = waiting.pop()
+        if current.op in ("placeholder", "call_module"):
+            return True
+        seen.add(current)
+        waiting += [before for before in current.all_input_nodes if before not in seen]
+    return False
+
+
+def _attribute(region: nn.Module, target: str) -> Any:
+    found: Any = region
+    for part in target.split("."):
+        found = getattr(found, part)
+    return found
 
 
 def _owner(node: fx.Node, region: str) -> str:
@@ -101,8 +169,7 @@ def _owner(node: fx.Node, region: str) -> str:
 
 
 def _regions(module: nn.Module, fqn: str, untraced: list[tuple[str, str]]) -> Iterator[tuple[str, nn.Module, fx.Graph]]:
-    has_site = any(isinstance(child, (_ConvNd, AbstractCheapConv)) for child in module.modules())
-    if not has_site or isinstance(module, _WEIGHTED):
+    if isinstance(module, _WEIGHTED) or (fqn and not _may_convolve(module)):
         return
     if type(module).forward is not nn.Module.forward:
         try:
@@ -112,6 +179,13 @@ def _regions(module: nn.Module, fqn: str, untraced: list[tuple[str, str]]) -> It
             untraced.append((fqn or "(root)", one_line(error)))
     for name, child in module.named_children():
         yield from _regions(child, f"{fqn}.{name}".lstrip("."), untraced)
+
+
+def _may_convolve(module: nn.Module) -> bool:
+    """Whether a module holds a convolution, or a tensor that could be the kernel of one."""
+    if any(isinstance(child, (_ConvNd, AbstractCheapConv)) for child in module.modules()):
+        return True
+    return any(tensor.dim() >= 3 for tensor in (*module.parameters(), *module.buffers()) if not is_lazy(tensor))
 
 
 def _facts(node: fx.Node, region: nn.Module, *, prefix: str) -> dict[str, Any]:

@@ -1,89 +1,228 @@
-"""The shape guard: a student's outputs are structured and sized as the teacher's."""
+"""The shape guard: a student's outputs are structured and sized as the teacher's, in both modes."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from convsurgeon.errors import GuardError, SurveyError, one_line
+from convsurgeon.ops import AbstractCheapConv
+from convsurgeon.record import read_record
 from convsurgeon.surgery._copies import ExampleInputs, call, copy_module, shadow
+from convsurgeon.surgery._outputs import Leaf, describe_output
 from convsurgeon.surgery._survey import describe_inputs
 
+_SIDES = (64, 224, 32)
 
-def check_outputs(model: nn.Module, student: nn.Module, example_inputs: ExampleInputs) -> None:
-    """Compare structure, ranks, dtypes and sizes of all outputs in eval mode; neither module is touched.
 
-    Sizes that depend on the data, such as the number of detections in an image, are left out: a
-    size that differs is forgiven if it also changes when the model's own weights do.
+@dataclass(frozen=True)
+class GuardReport:
+    """What was compared, and what could not be.
+
+    Args:
+        inputs: the input, in words; None if none was given and none was found that the model takes.
+        data_dependent: sizes that depend on the data, and so were left out.
+        not_trained: why train mode was not compared, or None if it was.
+    """
+
+    inputs: str | None
+    data_dependent: tuple[str, ...] = ()
+    not_trained: str | None = None
+
+    def __str__(self) -> str:
+        if self.inputs is None:
+            return "the outputs were not compared: no input was given, and none was found that the model takes"
+        modes = "in eval and in train mode" if self.not_trained is None else "in eval mode"
+        parts = [f"on {self.inputs} all outputs have the structure, dtypes and sizes of the original's {modes}"]
+        if self.not_trained is not None:
+            parts.append(f"train mode was not compared: {self.not_trained}")
+        if self.data_dependent:
+            parts.append(f"left out, since they depend on the data: {', '.join(self.data_dependent)}")
+        return "; ".join(parts)
+
+
+def check_outputs(model: nn.Module, student: nn.Module, example_inputs: ExampleInputs | None = None) -> GuardReport:
+    """Compare structure, ranks, dtypes and sizes of all outputs; neither module is touched.
+
+    First in eval mode; then in train mode, with a batch of at least two, where the model itself runs
+    that way. Sizes that depend on the data, such as the number of detections in an image, are left
+    out and named: a size that differs is forgiven if it also changes when the model's own weights do.
+
+    Args:
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; where
+            none is given, images of some sizes are tried.
 
     Raises:
-        GuardError: naming the output that differs.
+        GuardError: naming the output, and the first module that differs.
         SurveyError: if the model itself cannot take the input.
     """
-    what = describe_inputs(example_inputs)
+    teacher = shadow(model)
+    inputs, expected = _run_teacher(teacher, model, example_inputs)
+    if inputs is None:
+        return GuardReport(None)
+    what = describe_inputs(inputs) if example_inputs is not None else f"a generated {describe_inputs(inputs)}"
+    batch = at_least_two(inputs)
+    not_trained, expected_in_training = None, None
     try:
-        expected, spec = pytree.tree_flatten_with_path(call(shadow(model), example_inputs))
-    except Exception as error:
-        name = type(model).__name__
-        raise SurveyError(f"{name} itself fails on the example input {what}: {one_line(error)}") from error
+        expected_in_training = describe_output(call(teacher.train(), batch))
+    except Exception as error:  # whatever a foreign forward raises
+        not_trained = f"the model itself does not run that way: {one_line(error)}"
+    del teacher
+    copied = shadow(student)
+    loose = _compare(copied, model, inputs, expected, what=what, training=False)
+    if expected_in_training is not None:
+        loose += _compare(copied, model, batch, expected_in_training, what=f"{what}, in train mode", training=True)
+    return GuardReport(what, tuple(dict.fromkeys(loose)), not_trained)
+
+
+def at_least_two(inputs: ExampleInputs) -> ExampleInputs:
+    """Return the input with a batch of one doubled: batch norm cannot train on one value."""
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+    if not tensors or any(tensor.shape[0] != 1 for tensor in tensors if tensor.dim() > 1):
+        return inputs
+    doubled: ExampleInputs = pytree.tree_map(
+        lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() > 1 else leaf, inputs
+    )
+    return doubled
+
+
+def generated_inputs(model: nn.Module) -> Iterator[Tensor]:
+    """Yield images that a model may take: of the shape on its record, else squares of some sizes."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    convs = [module.in_channels for module in model.modules() if isinstance(module, (nn.Conv2d, AbstractCheapConv))]
+    kernels = [int(p.shape[1]) for p in model.parameters() if not is_lazy(p) and p.dim() == 4]
+    known = read_record(model).get("input_shape")
+    shapes = [(1, *known[1:])] if known else []
+    for channels in dict.fromkeys([*convs[:1], *kernels[:1], 3, 1]):
+        shapes += [(1, channels, side, side) for side in _SIDES]
+    for shape in shapes:
+        generator = torch.Generator().manual_seed(0)
+        yield torch.randn(shape, generator=generator).to(device=first.device, dtype=first.dtype)
+
+
+def _run_teacher(
+    teacher: nn.Module, model: nn.Module, example_inputs: ExampleInputs | None
+) -> tuple[ExampleInputs | None, list[Leaf]]:
+    if example_inputs is None:
+        for inputs in generated_inputs(model):
+            with contextlib.suppress(Exception):  # then it takes no such image
+                return inputs, describe_output(call(teacher, inputs))
+        return None, []
     try:
-        got, got_spec = pytree.tree_flatten_with_path(call(shadow(student), example_inputs))
+        return example_inputs, describe_output(call(teacher, example_inputs))
     except Exception as error:
-        raise GuardError(
-            f"the student fails on the example input {what}, which {type(model).__name__} takes: {one_line(error)}"
+        raise SurveyError(
+            f"{type(model).__name__} itself fails on the example input {describe_inputs(example_inputs)}: "
+            f"{one_line(error)}"
         ) from error
-    if spec != got_spec:
-        have_it, want_it = (" ".join(str(each).split()) for each in (got_spec, spec))
-        raise GuardError(f"the student's output is {have_it}, expected {want_it} on the example input {what}")
-    loose: set[tuple[int, int]] | None = None
-    for index, ((path, want), (_, have)) in enumerate(zip(expected, got, strict=True)):
+
+
+def _compare(
+    student: nn.Module, model: nn.Module, inputs: ExampleInputs, expected: list[Leaf], *, what: str, training: bool
+) -> list[str]:
+    """Return the sizes that depend on the data; whatever else differs is raised."""
+    try:
+        got = describe_output(call(student.train(training), inputs))
+    except Exception as error:
+        where = _first_difference(model, student, inputs, training=training)
+        raise GuardError(
+            f"the student fails on the example input {what}, which {type(model).__name__} takes: "
+            f"{one_line(error)}{where}"
+        ) from error
+    if got == expected:
+        return []
+    variants = _variants(model, inputs, expected, training=training)
+    loose = []
+    if [(leaf.path, leaf.kind) for leaf in got] != [(leaf.path, leaf.kind) for leaf in expected]:
+        if any([(leaf.path, leaf.kind) for leaf in other] != _kinds(expected) for other in variants):
+            return ["the structure of the output"]
+        where = _first_difference(model, student, inputs, training=training)
+        raise GuardError(f"the student's output{_structural(got, expected)} on the example input {what}{where}")
+    for index, (want, have) in enumerate(zip(expected, got, strict=True)):
         problem = _difference(want, have)
-        if problem is None:
-            continue
-        if isinstance(problem, tuple):
-            if loose is None:
-                loose = _data_dependent(model, example_inputs, [leaf for _, leaf in expected])
-            if loose.issuperset((index, dim) for dim in problem):
+        if isinstance(problem, list):
+            sizes = [other[index].shape or () for other in variants if _kinds(other) == _kinds(expected)]
+            free = [dim for dim in problem if len({size[dim] for size in sizes if len(size) > dim}) > 1]
+            if free == problem:
+                loose += [f"output{want.path} dimension {dim}" for dim in free]
                 continue
-            problem = f"has size {tuple(have.shape)}, expected {tuple(want.shape)}"
-        raise GuardError(f"the student's output{pytree.keystr(path)} {problem} on the example input {what}")
+            problem = f"has size {have.shape}, expected {want.shape}"
+        if problem is not None:
+            where = _first_difference(model, student, inputs, training=training)
+            raise GuardError(f"the student's output{want.path} {problem} on the example input {what}{where}")
+    return loose
 
 
-def _difference(want: Any, have: Any) -> str | tuple[int, ...] | None:
+def _kinds(leaves: Sequence[Leaf]) -> list[tuple[str, str]]:
+    return [(leaf.path, leaf.kind) for leaf in leaves]
+
+
+def _structural(got: Sequence[Leaf], expected: Sequence[Leaf]) -> str:
+    for want, have in zip(expected, got, strict=False):
+        if (want.path, want.kind) != (have.path, have.kind):
+            if have.path != want.path:
+                return f" has output{have.path} where output{want.path} is expected"
+            return f"{have.path} is {have.kind}, expected {want.kind}"
+    return f" has {len(got)} parts, expected {len(expected)}"
+
+
+def _difference(want: Leaf, have: Leaf) -> str | list[int] | None:
     """Return the dimensions whose sizes differ, or what else does, or None."""
-    if not isinstance(want, Tensor) or not isinstance(have, Tensor):
-        return None if type(want) is type(have) else f"is {type(have).__name__}, expected {type(want).__name__}"
-    if want.dtype != have.dtype:
-        return f"is {have.dtype}, expected {want.dtype}"
-    if want.dim() != have.dim():
-        return f"has {have.dim()} dimensions, expected {want.dim()}"
+    if want.shape is None or have.shape is None:
+        return None
+    if len(want.shape) != len(have.shape):
+        return f"has {len(have.shape)} dimensions, expected {len(want.shape)}"
     sizes = enumerate(zip(want.shape, have.shape, strict=True))
-    return tuple(dim for dim, (a, b) in sizes if a != b) or None
+    return [dim for dim, (a, b) in sizes if a != b] or None
 
 
-def _data_dependent(model: nn.Module, example_inputs: ExampleInputs, expected: list[Any]) -> set[tuple[int, int]]:
-    """Return the (output, dimension) pairs whose size changes with the model's weights alone."""
-    shapes = [_shapes(expected)]
+def _variants(model: nn.Module, inputs: ExampleInputs, expected: list[Leaf], *, training: bool) -> list[list[Leaf]]:
+    """Return what comes out for other weights: what differs there depends on the data."""
+    found = [expected]
     for factor in (0.0, -1.0, 8.0):
-        variant = copy_module(model).eval()
+        variant = copy_module(model).train(training)
         with torch.no_grad():
             for parameter in variant.parameters():
                 if parameter.dim() > 1:
                     parameter.mul_(factor)
         # such weights may be too strange for the model; then they tell nothing
         with contextlib.suppress(Exception):
-            shapes.append(_shapes(pytree.tree_leaves(call(variant, example_inputs))))
-    return {
-        (index, dim)
-        for index, variants in enumerate(zip(*shapes, strict=False))
-        for dim, sizes in enumerate(zip(*variants, strict=False))
-        if len(set(sizes)) > 1
-    }
+            found.append(describe_output(call(variant, inputs)))
+    return found
 
 
-def _shapes(leaves: list[Any]) -> list[tuple[int, ...]]:
-    return [tuple(leaf.shape) if isinstance(leaf, Tensor) else () for leaf in leaves]
+def _first_difference(model: nn.Module, student: nn.Module, inputs: ExampleInputs, *, training: bool) -> str:
+    """Return `; first at FQN: ...` for the first module, in call order, whose output differs."""
+    theirs = _trace_shapes(copy_module(model).train(training), inputs)
+    mine = _trace_shapes(student.train(training), inputs)
+    for fqn, shapes in theirs.items():
+        if fqn in mine and mine[fqn] != shapes:
+            return f"; the first module that differs is {fqn}: {_shown(mine[fqn])}, expected {_shown(shapes)}"
+    missing = next((fqn for fqn in theirs if fqn not in mine and fqn), None)
+    return f"; the first module that is not reached is {missing}" if missing else ""
+
+
+def _trace_shapes(model: nn.Module, inputs: ExampleInputs) -> dict[str, list[Leaf]]:
+    """Return what every module gave, by fqn, in the order in which they ended."""
+    found: dict[str, list[Leaf]] = {}
+
+    def note(fqn: str) -> Any:
+        return lambda module, args, output: found.setdefault(fqn, []).extend(describe_output(output))
+
+    handles = [module.register_forward_hook(note(fqn)) for fqn, module in model.named_modules()]
+    with contextlib.suppress(Exception):  # it is asked how far it comes
+        call(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _shown(leaves: Sequence[Leaf]) -> str:
+    return ", ".join("x".join(map(str, leaf.shape)) if leaf.shape is not None else leaf.kind for leaf in leaves)

@@ -16,12 +16,14 @@ from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import ConvSpec
 from convsurgeon.surgery._copies import ExampleInputs
 from convsurgeon.surgery._selectors import FilterFn, Selectors
-from convsurgeon.surgery._sites import SUBCLASS, Site
+from convsurgeon.surgery._sites import Site, find_module
 from convsurgeon.surgery._survey import Survey, survey
 
 _FORMAT, _VERSION = "convsurgeon-plan", 1
 # an input so large that borders do not matter: costs are compared by geometry and stride alone
 _NOMINAL_SIZE = 1024
+# the labels of what is kept by default only, and by no limit of the op's
+_OVERRIDABLE = ("stem", "no gain")
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def plan(
         selectors.check_against(found.sites)
     decisions = []
     for site in found.sites:
-        passed = filter_fn is None or filter_fn(model.get_submodule(site.fqns[0]), site.fqn)  # type: ignore[union-attr]
+        passed = filter_fn is None or filter_fn(find_module(model, site), site.fqn)  # type: ignore[arg-type]
         decisions.append(_decide(site, selectors) if passed else _keep(site, "filtered", "filter_fn said no"))
     result = Plan(found.model, tuple(decisions))
     if not result.converted:
@@ -187,7 +189,8 @@ def _decide(site: Site, selectors: Selectors) -> Decision:
     ratio = mac_ratio(site.spec, op, options)
     if ratio < 1 and mapped is None:
         return _keep(site, "no gain", f"{name} would cost {1 / ratio:.2f}x the MACs of the dense convolution")
-    return Decision(site.fqns, site.spec, name, "converted", _converted_reason(ratio, wished, options), asdict(options))
+    reason = "; ".join([_converted_reason(ratio, wished, options), *([site.note] if site.note else [])])
+    return Decision(site.fqns, site.spec, name, "converted", reason, asdict(options))
 
 
 def default_keep(site: Site) -> str | None:
@@ -206,8 +209,6 @@ def _impossible(site: Site) -> tuple[str, str] | None:
 
 def _default_keep(site: Site) -> tuple[str, str] | None:
     assert site.spec is not None
-    if site.type != nn.Conv2d.__name__:
-        return "not standard", f"{site.type} {SUBCLASS}"
     if site.spec.is_depthwise:
         return "depthwise", "it is cheap already: depthwise"
     if site.spec.groups > 1:
@@ -222,7 +223,7 @@ def _default_keep(site: Site) -> tuple[str, str] | None:
 def mac_ratio(spec: ConvSpec, op: type[AbstractCheapConv], options: Any) -> float:
     """Return how many times fewer MACs an op needs than the dense convolution, borders aside."""
     height, width = (_NOMINAL_SIZE * step for step in spec.stride)
-    return spec.macs(height, width) / op.macs(spec, height, width, options)
+    return spec.macs(height, width) / op.macs(*spec.unpadded(height, width), options)
 
 
 def _converted_reason(ratio: float, wished: Any, options: Any) -> str:
@@ -241,10 +242,15 @@ def _keep(site: Site, label: str, reason: str) -> Decision:
 
 def _nothing(result: Plan, to: str) -> str:
     if not result.decisions:
-        return f"{result.model} has no convolution module; there is nothing to convert"
+        return f"{result.model} has no convolution; there is nothing to convert"
     counts = Counter(decision.label for decision in result.decisions)
     reasons = ", ".join(f"{count} {'is' if count == 1 else 'are'} {label}" for label, count in counts.most_common())
-    return f"no convolution of {result.model} can become {to!r}: {reasons}; `convsurgeon inspect` shows each"
+    mapped = any(decision.label in _OVERRIDABLE for decision in result.decisions)
+    hint = f"; --map 'PATTERN={to}' converts what is kept by default only" if mapped else ""
+    return (
+        f"nothing to convert: 0 of {len(result.decisions)} convolutions of {result.model} can become {to!r}: "
+        f"{reasons}; `convsurgeon inspect` shows each{hint}"
+    )
 
 
 def _decision(item: Mapping[str, Any]) -> Decision:

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from convsurgeon import ops
 from convsurgeon.errors import PlanError, UnsupportedConvError
 from convsurgeon.ops import AbstractCheapConv
+from convsurgeon.progress import Progress, Report, be_silent
 from convsurgeon.record import read_record, update_record
 from convsurgeon.spec import ConvSpec
 from convsurgeon.surgery._copies import ExampleInputs, copy_module, copy_value
+from convsurgeon.surgery._donors import WEIGHT_WRITERS, Donor, find_donor, plain_convolution
+from convsurgeon.surgery._functional import Names
 from convsurgeon.surgery._guard import check_outputs
 from convsurgeon.surgery._plan import Decision, Plan, plan
 from convsurgeon.surgery._selectors import FilterFn
@@ -48,6 +52,7 @@ def rewrite(
     options: Any = None,
     filter_fn: FilterFn | None = None,
     example_inputs: ExampleInputs | None = None,
+    report: Report = be_silent,
 ) -> nn.Module:
     """Return a copy of a model with cheap convolutions, each started from the dense kernel it replaces.
 
@@ -56,13 +61,15 @@ def rewrite(
 
     Args:
         to: the name of an op, or a `Plan`.
-        example_inputs: where given, model and student are run on it, and their outputs must have the
-            same structure, ranks, dtypes and sizes.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Model and
+            student are run on it, in eval and in train mode, and their outputs must have the same
+            structure, ranks, dtypes and sizes. Without one, images of some sizes are tried.
+        report: is told what was compared, and what could not be.
 
     Raises:
         NothingToConvertError: if no convolution would be converted.
         PlanError: if a given plan does not fit the model, or comes with selectors besides.
-        GuardError: if the outputs on the example input differ in shape.
+        GuardError: if the outputs differ in shape; it names the first module that does.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
@@ -89,8 +96,7 @@ def rewrite(
             example_inputs=example_inputs,
         )
     student = _carry_out(model, the_plan, initialize=True)
-    if example_inputs is not None:
-        check_outputs(model, student, example_inputs)
+    report(Progress("rewrite", message=str(check_outputs(model, student, example_inputs))))
     return student
 
 
@@ -106,63 +112,122 @@ def plan_of(student: nn.Module) -> Plan | None:
 
 
 def _carry_out(model: nn.Module, the_plan: Plan, *, initialize: bool) -> nn.Module:
-    donors = _find_donors(model, the_plan)
+    replacements = _find_donors(model, the_plan)
     memo: dict[int, Any] = {}
-    for decision, donor in donors:
+    for decision, donor, replaced in replacements:
         assert decision.op is not None
         try:
-            op = ops.get(decision.op).from_conv(donor, decision.options, initialize=initialize)
+            op = ops.get(decision.op).from_conv(donor.conv, decision.options, initialize=initialize)
         except UnsupportedConvError as error:
             raise UnsupportedConvError(f"{decision.fqn}: {error}") from error
-        memo[id(donor)] = op
-    for _, donor in donors:
-        _take_over(donor, memo[id(donor)], memo)
+        memo[id(replaced)] = op
+    for _, donor, replaced in replacements:
+        if isinstance(replaced, nn.Module):
+            _take_over(replaced, memo[id(replaced)], memo, dropped=donor.dropped)
+    _follow_bound_methods(model, memo)
     student = copy_module(model, memo)
+    _register_where_kernels_were(student)
     update_record(student, plan=_merged(plan_of(model), the_plan).to_dict())
     return student
 
 
-def _find_donors(model: nn.Module, the_plan: Plan) -> list[tuple[Decision, nn.Conv2d]]:
+def _find_donors(model: nn.Module, the_plan: Plan) -> list[tuple[Decision, Donor, nn.Module | Tensor]]:
+    """Return, for each decision to convert, what the op starts from and what it takes the place of."""
     modules = {fqns: module for module, fqns in walk(model)}
     tied = shared_weights(model)
     by_name = {fqn: fqns for fqns in modules for fqn in fqns}
-    donors = []
+    kernels = Names(model)
+    replacements: list[tuple[Decision, Donor, nn.Module | Tensor]] = []
     for decision in the_plan.decisions:
+        kernel = kernels.kernels.get(kernels.by_name.get(decision.fqns[0], -1))
+        if kernel is not None:
+            if decision.op is not None:
+                replacements.append((decision, _functional_donor(decision, kernel, kernels), kernel))
+            continue
+        if decision.op is None and "(" in decision.fqns[0]:
+            continue  # a call without a name of its own
         fqns = by_name.get(decision.fqns[0])
         if fqns is None or set(fqns) != set(decision.fqns):
             raise PlanError(
                 f"the plan was made for {the_plan.model} and decides about {' = '.join(decision.fqns)!r}; "
                 f"{type(model).__name__} has no such convolution; make a plan for this model"
             )
-        if decision.op is None:
-            continue
-        module = modules[fqns]
-        if not isinstance(module, nn.Conv2d):
-            raise PlanError(f"{decision.fqn} is a {type(module).__name__}; only a Conv2d can become {decision.op}")
-        if obstacle := describe(module, fqns, tied).obstacle:
-            raise PlanError(f"{decision.fqn} cannot become {decision.op}: {obstacle}")
-        if ConvSpec.from_conv(module) != decision.spec:
-            raise PlanError(
-                f"{decision.fqn} is {ConvSpec.from_conv(module)} here and {decision.spec} in the plan; "
-                "make a plan for this model"
-            )
-        donors.append((decision, module))
-    return donors
+        if decision.op is not None:
+            replacements.append((decision, _module_donor(decision, modules[fqns], fqns, tied), modules[fqns]))
+    return replacements
 
 
-def _take_over(donor: nn.Conv2d, op: AbstractCheapConv, memo: dict[int, Any]) -> None:
-    """Give an op the hooks of the convolution it replaces, and what else the user hung on it."""
+def _module_donor(decision: Decision, module: nn.Module, fqns: tuple[str, ...], tied: dict[int, str]) -> Donor:
+    if not isinstance(module, nn.Conv2d):
+        raise PlanError(f"{decision.fqn} is a {type(module).__name__}; only a Conv2d can become {decision.op}")
+    donor = find_donor(module)
+    obstacle = donor if isinstance(donor, str) else describe(module, fqns, tied).obstacle
+    if obstacle is not None or isinstance(donor, str):
+        raise PlanError(f"{decision.fqn} cannot become {decision.op}: {obstacle}")
+    _check_geometry(decision, donor.spec)
+    return donor
+
+
+def _functional_donor(decision: Decision, kernel: Tensor, names: Names) -> Donor:
+    """Return a convolution of the plan's geometry around the kernel of a functional one."""
+    spec = decision.spec
+    assert spec is not None
+    expected = (spec.out_channels, spec.in_channels // spec.groups, *spec.kernel_size)
+    if set(names.fqns[id(kernel)]) != set(decision.fqns) or tuple(kernel.shape) != expected:
+        raise PlanError(
+            f"{decision.fqn} is {'x'.join(map(str, kernel.shape))} here and {'x'.join(map(str, expected))} in the "
+            "plan; make a plan for this model"
+        )
+    return Donor(plain_convolution(spec, kernel, training=True), spec, inside=True)
+
+
+def _check_geometry(decision: Decision, spec: ConvSpec) -> None:
+    if spec != decision.spec:
+        raise PlanError(f"{decision.fqn} is {spec} here and {decision.spec} in the plan; make a plan for this model")
+
+
+def _take_over(donor: nn.Module, op: AbstractCheapConv, memo: dict[int, Any], *, dropped: frozenset[str]) -> None:
+    """Give an op the hooks of the convolution it replaces, and what else the user hung on it.
+
+    Args:
+        dropped: names of what stays behind: it went into the weight.
+    """
+    own = op._forward_pre_hooks.copy()
     for name in _HOOKS:
         op.__dict__[name] = copy_value(donor.__dict__[name], memo, owner="a hook")
+    for key, hook in donor._forward_pre_hooks.items():
+        if isinstance(hook, WEIGHT_WRITERS):
+            op._forward_pre_hooks.pop(key, None)
+    op._forward_pre_hooks.update(own)  # its own padding comes last
     standard = nn.Conv2d(1, 1, 1, device="meta").__dict__
     for name, value in donor.__dict__.items():
-        if name not in standard and name not in op.__dict__:
+        if name not in standard and name not in op.__dict__ and name not in dropped:
             op.__dict__[name] = copy_value(value, memo, owner=name)
     op._non_persistent_buffers_set |= donor._non_persistent_buffers_set
     for kind in ("_parameters", "_buffers", "_modules"):
         for name, value in donor.__dict__[kind].items():
-            if name not in ("weight", "bias"):
+            if name not in ("weight", "bias") and name not in dropped:
                 op.__dict__[kind][name] = copy_value(value, memo, owner=name)
+
+
+def _follow_bound_methods(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Let `self.run = self.conv.forward`, kept in a model, lead to the op that takes the convolution's place."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, MethodType) and isinstance(memo.get(id(value.__self__)), AbstractCheapConv):
+                memo[id(value)] = getattr(memo[id(value.__self__)], value.__name__, value)
+
+
+def _register_where_kernels_were(student: nn.Module) -> None:
+    """Move ops that stand where a parameter or a buffer was to the submodules, under the same names."""
+    for module in list(student.modules()):
+        for kind in ("_parameters", "_buffers"):
+            tensors: dict[str, Any] = module.__dict__[kind]
+            for name, value in list(tensors.items()):
+                if isinstance(value, AbstractCheapConv):
+                    del tensors[name]
+                    module._non_persistent_buffers_set.discard(name)
+                    module._modules[name] = value.train(module.training)
 
 
 def _merged(before: Plan | None, after: Plan) -> Plan:

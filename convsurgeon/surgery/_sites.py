@@ -9,12 +9,14 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from convsurgeon import ops
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import ConvSpec, Pair
+from convsurgeon.surgery._donors import find_donor, type_name
 
-SUBCLASS = "is a subclass of Conv2d whose semantics are not known"
+_REGISTRIES = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Site:
         op: the name of the op, where the site is converted already.
         options: the op's options, where the site is converted already.
         obstacle: why it cannot be converted whatever the op, or None.
+        note: what is special about how it would be converted, or None.
+        source: file and line, such as `nets.py:31`, of a functional convolution.
         routes: how it was found, of `module`, `fx`, `observed`.
         calls: how often one forward pass calls it, or None where nothing was run or traced.
         input_sizes: height and width of its input, call by call, where a run was observed.
@@ -44,6 +48,8 @@ class Site:
     op: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     obstacle: str | None = None
+    note: str | None = None
+    source: str | None = None
     routes: tuple[str, ...] = ("module",)
     calls: int | None = None
     input_sizes: tuple[Pair, ...] = field(default=())
@@ -65,14 +71,14 @@ class Site:
             return None
         if self.op is not None:
             op = ops.get(self.op)
-            return sum(op.macs(self.spec, *size, self.options) for size in self.input_sizes)
+            return sum(op.macs(*self.spec.unpadded(*size), self.options) for size in self.input_sizes)
         return sum(self.spec.macs(*size) for size in self.input_sizes)
 
 
 def walk(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
     """Yield every convolution and op of a model once, with all its names, in module order.
 
-    What is inside an op belongs to the op.
+    What is inside an op belongs to the op; what stands for the kernel of a convolution, to neither.
     """
     names: dict[nn.Module, list[str]] = {}
     hidden: tuple[str, ...] = ()
@@ -81,19 +87,61 @@ def walk(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
             continue
         if isinstance(module, AbstractCheapConv):
             hidden = (*hidden, f"{fqn}." if fqn else "")
-        if isinstance(module, (AbstractCheapConv, _ConvNd)):
+        stands_inside = isinstance(module._modules.get("weight"), AbstractCheapConv)
+        if isinstance(module, (AbstractCheapConv, _ConvNd)) and not stands_inside:
             names.setdefault(module, []).append(fqn)
     for module, fqns in names.items():
         yield module, tuple(fqns)
+    for module, fqn in _unregistered(model, set(model.modules())):
+        yield module, (fqn,)
+
+
+def _unregistered(model: nn.Module, known: set[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
+    """Yield convolutions that only a plain list, tuple or dict of the model holds."""
+    for owner, module in model.named_modules():
+        if isinstance(module, AbstractCheapConv):
+            continue
+        for name, value in vars(module).items():
+            if isinstance(value, (list, tuple, dict)) and name not in _REGISTRIES:
+                leaves, _ = pytree.tree_flatten_with_path(value)
+                for path, leaf in leaves:
+                    if not isinstance(leaf, nn.Module) or leaf in known:
+                        continue
+                    for inner, part in leaf.named_modules():
+                        is_new = part not in known
+                        known.add(part)
+                        if is_new and isinstance(part, (AbstractCheapConv, _ConvNd)):
+                            where = f"{owner}.{name}{pytree.keystr(path)}".lstrip(".")
+                            yield part, f"{where}.{inner}".rstrip(".")
 
 
 def describe(module: nn.Module, fqns: tuple[str, ...], tied: dict[int, str]) -> Site:
     """Return the site of one convolution as far as the module itself tells it."""
     if isinstance(module, AbstractCheapConv):
         return Site(fqns, type(module).__name__, module.spec, op=module.name, options=dict(module.options))
-    known = isinstance(module, nn.Conv2d) and not is_lazy(module.weight)
-    spec = ConvSpec.from_conv(module) if known else None  # type: ignore[arg-type]
-    return Site(fqns, _type_name(module), spec, obstacle=_obstacle(module, tied))
+    donor = find_donor(module)
+    if isinstance(donor, str):
+        known = isinstance(module, nn.Conv2d) and not any(is_lazy(p) for p in module.parameters())
+        spec = ConvSpec.from_conv(module) if known else None  # type: ignore[arg-type]
+        return Site(fqns, type_name(module), spec, obstacle=donor)
+    if donor.inside:
+        fqns = tuple(f"{fqn}.weight".lstrip(".") for fqn in fqns)
+    obstacle = _tie(module, tied)
+    if obstacle is None and any("[" in fqn for fqn in fqns):
+        obstacle = (
+            "only a plain list or dict holds it, so its weights are in no state dict; "
+            "hold it in an nn.ModuleList or nn.ModuleDict"
+        )
+    return Site(fqns, type_name(module), donor.spec, obstacle=obstacle, note=donor.note)
+
+
+def find_module(model: nn.Module, site: Site) -> nn.Module:
+    """Return the module that a site is, or the one that owns the kernel of a functional convolution."""
+    for module, fqns in walk(model):
+        if fqns[0] in (site.fqns[0], site.fqns[0].removesuffix("weight").rstrip(".")):
+            return module
+    owner = site.fqns[0].rpartition(".")[0]
+    return model.get_submodule(owner) if "(" not in owner else model
 
 
 def shared_weights(model: nn.Module) -> dict[int, str]:
@@ -105,28 +153,8 @@ def shared_weights(model: nn.Module) -> dict[int, str]:
     return {key: " and ".join(fqns) for key, fqns in owners.items() if len(fqns) > 1}
 
 
-def _obstacle(module: nn.Module, tied: dict[int, str]) -> str | None:
-    if not isinstance(module, nn.Conv2d):
-        return f"{_type_name(module)} is not a Conv2d"
-    if is_lazy(module.weight):
-        return "it is lazy and has no weights yet; run the model once first"
-    for name in ("weight", "bias"):
-        if name not in module._parameters:
-            return f"its {name} is computed when it runs (pruning, weight norm); make it permanent first"
-    for name in ("forward", "_conv_forward"):
-        if getattr(type(module), name) is not getattr(nn.Conv2d, name):
-            return f"{_type_name(module)} {SUBCLASS}"
-        if name in vars(module):
-            return f"its {name} was replaced, so its semantics are not known"
-    if module.weight.is_complex():
-        return f"its weight is complex ({module.weight.dtype})"
-    for name in ("weight", "bias"):
-        parameter = module._parameters.get(name)
-        if parameter is not None and id(parameter) in tied:
-            return f"its {name} is tied: {tied[id(parameter)]} are one tensor"
+def _tie(module: nn.Module, tied: dict[int, str]) -> str | None:
+    for name, parameter in module.named_parameters():
+        if id(parameter) in tied:
+            return f"its {name} is tied, and stays so: {tied[id(parameter)]} are one tensor"
     return None
-
-
-def _type_name(module: nn.Module) -> str:
-    cls = type(module)
-    return cls.__name__ if cls.__module__.startswith("torch.nn.") else f"{cls.__module__}.{cls.__qualname__}"

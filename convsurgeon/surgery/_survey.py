@@ -12,7 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 from convsurgeon.errors import SurveyError, one_line
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import Pair
+from convsurgeon.surgery._calls import Use, Watch
 from convsurgeon.surgery._copies import ExampleInputs, call, shadow
+from convsurgeon.surgery._functional import Finding, Names, functional_sites, read_by_others
 from convsurgeon.surgery._graph import GraphFacts, read_graphs
 from convsurgeon.surgery._sites import Site, describe, shared_weights, walk
 
@@ -22,22 +24,19 @@ _TWO_DIMENSIONAL = (nn.Conv2d, AbstractCheapConv)
 
 @dataclass(frozen=True)
 class Survey:
-    """Every convolution a model owns, once per module object, in module order.
+    """Every convolution of a model: each module object once, in module order, then the functional ones.
 
     Args:
         model: the model's class name.
         sites: the convolutions.
         untraced: modules that `torch.fx` could not trace, with the reason. Their convolutions
             were found by the module walk all the same.
-        functional: functional convolutions that the graphs show, by the module that calls them. They are
-            left as they are, and are not counted.
         observed: whether a run on an example input was observed, so that sizes and MACs are known.
     """
 
     model: str
     sites: tuple[Site, ...]
     untraced: tuple[tuple[str, str], ...]
-    functional: tuple[str, ...]
     observed: bool
 
     @property
@@ -59,24 +58,34 @@ def survey(model: nn.Module, *, example_inputs: ExampleInputs | None = None) -> 
         SurveyError: if the model cannot be copied, or fails on the example input.
     """
     tied = shared_weights(model)
-    found = [(module, describe(module, fqns, tied)) for module, fqns in walk(model)]
-    graphs = read_graphs(shadow(model)) if found else GraphFacts()
-    run = _observe(shadow(model), example_inputs) if example_inputs is not None else None
+    found = [describe(module, fqns, tied) for module, fqns in walk(model)]
+    copied = shadow(model)
+    names = Names(copied)
+    graphs = read_graphs(copied, names)
+    findings = list(graphs.findings)
+    run = None
+    if example_inputs is not None:
+        copied = shadow(model)
+        run = _observe(copied, Names(copied), example_inputs)
+        findings += run.findings
+    reads = read_by_others(findings, names)
     order = run.order if run is not None and run.order else graphs.order
     first = order[0] if order else _first_in_module_order(model)
-    sites = tuple(_complete(site, graphs, run, first) for _, site in found)
-    return Survey(
-        type(model).__name__, sites, tuple(graphs.untraced), tuple(graphs.functional), observed=run is not None
-    )
+    sites = [_complete(_with_readers(site, reads), graphs, run, first) for site in found]
+    mine = {fqn for site in sites for fqn in site.fqns}
+    functional = [site for site in functional_sites(findings, names) if not mine.intersection(site.fqns)]
+    sites += [replace(site, stem=_is_stem(site, first)) for site in functional]
+    return Survey(type(model).__name__, tuple(sites), tuple(graphs.untraced), observed=run is not None)
 
 
 @dataclass
 class _Run:
     order: list[str]
     sizes: Mapping[str, tuple[Pair, ...]]
+    findings: list[Finding]
 
 
-def _observe(model: nn.Module, example_inputs: ExampleInputs) -> _Run:
+def _observe(model: nn.Module, names: Names, example_inputs: ExampleInputs) -> _Run:
     order: list[str] = []
     sizes: dict[str, tuple[Pair, ...]] = {}
 
@@ -90,34 +99,60 @@ def _observe(model: nn.Module, example_inputs: ExampleInputs) -> _Run:
         return hook
 
     for module, fqns in walk(model):
-        module.register_forward_pre_hook(note(fqns[0]), with_kwargs=True)
+        # before an op's own padding
+        module.register_forward_pre_hook(note(fqns[0]), with_kwargs=True, prepend=True)
     inside = tuple(f"{fqns[0]}." for module, fqns in walk(model) if isinstance(module, AbstractCheapConv))
     for fqn, module in model.named_modules():
         if isinstance(module, nn.Linear) and not fqn.startswith(inside):
             module.register_forward_pre_hook(note(fqn), with_kwargs=True)
+
+    def note_functional(use: Use) -> None:
+        kernel = names.first(use.tensor)
+        if not names.is_own(use):
+            order.append(kernel or f"{use.function}()")
+        elif kernel is not None and use.input_size is not None:
+            sizes[kernel] = (*sizes.get(kernel, ()), use.input_size)
+
+    watch = Watch(names.kernels, on_convolution=note_functional)
     try:
-        call(model, example_inputs)
+        call(model, example_inputs, watch)
     except Exception as error:
         raise SurveyError(
             f"{type(model).__name__} itself fails on the example input {describe_inputs(example_inputs)}: "
             f"{one_line(error)}; give an input that it takes"
         ) from error
-    return _Run(order, sizes)
+    findings = [names.resolve(use) for use in (*watch.convolutions, *watch.others) if not names.is_own(use)]
+    return _Run(order, sizes, findings)
+
+
+def _with_readers(site: Site, reads: Mapping[str, str]) -> Site:
+    reason = next((reads[fqn] for fqn in _callers(site) if fqn in reads), None)
+    return site if reason is None or site.obstacle or site.op else replace(site, obstacle=reason)
 
 
 def _complete(site: Site, graphs: GraphFacts, run: _Run | None, first: str | None) -> Site:
     routes, facts = ["module"], {}
-    for fqn in site.fqns:
+    fqns = _callers(site)
+    for fqn in fqns:
         if fqn in graphs.facts:
             routes.append("fx")
             facts = dict(graphs.facts[fqn])
             break
     if run is not None:
-        facts["calls"] = sum(run.order.count(fqn) for fqn in site.fqns)
+        facts["calls"] = sum(run.order.count(fqn) for fqn in fqns)
         facts["input_sizes"] = tuple(size for fqn in site.fqns for size in run.sizes.get(fqn, ()))
         routes += ["observed"] if facts["calls"] else []
+    return replace(site, routes=tuple(routes), stem=_is_stem(site, first), **facts)
+
+
+def _is_stem(site: Site, first: str | None) -> bool:
     narrow = site.spec is not None and site.spec.in_channels <= _STEM_CHANNELS
-    return replace(site, routes=tuple(routes), stem=narrow and first in site.fqns, **facts)
+    return narrow and first in _callers(site)
+
+
+def _callers(site: Site) -> tuple[str, ...]:
+    """Return the names under which a site is called: one inside a module's forward, where that module is."""
+    return (*site.fqns, *(fqn.removesuffix("weight").rstrip(".") for fqn in site.fqns if fqn.endswith("weight")))
 
 
 def _first_in_module_order(model: nn.Module) -> str | None:

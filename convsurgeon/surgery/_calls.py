@@ -1,0 +1,168 @@
+"""Functional convolutions: what a run shows of them, and of who else touches a kernel."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from convsurgeon.spec import ConvSpec, Pair
+
+CONVOLUTIONS = {
+    torch.conv1d: "conv1d",
+    torch.conv2d: "conv2d",
+    torch.conv3d: "conv3d",
+    torch.conv_transpose1d: "conv_transpose1d",
+    torch.conv_transpose2d: "conv_transpose2d",
+    torch.conv_transpose3d: "conv_transpose3d",
+}
+_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+METHODS = {"size", "dim", "numel", "stride", "is_floating_point", "is_complex", "element_size", "is_contiguous"}
+PROPERTIES = {"shape", "dtype", "device", "ndim", "requires_grad", "is_meta", "is_cuda", "layout", "itemsize"}
+# the folders of torch and of this package: a line there is not the caller's
+_LIBRARY = tuple(os.path.dirname(file) + os.sep for file in (str(torch.__file__), os.path.dirname(__file__)))
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a tensor that a model owns: a functional convolution with it, or something else.
+
+    Args:
+        function: what was called.
+        owner: the module whose forward called it, or None.
+        where: file and line of the call, such as `nets.py:31`.
+        tensor: the kernel, where it is one of the watched tensors.
+        spec: the geometry of a 2-d convolution, or None.
+        problem: why it cannot be rewritten, or None.
+        input_size: height and width of the input, or None.
+    """
+
+    function: str
+    owner: nn.Module | None
+    where: str
+    tensor: Tensor | None = None
+    spec: ConvSpec | None = None
+    problem: str | None = None
+    input_size: Pair | None = None
+    is_convolution: bool = True
+
+
+@dataclass
+class Call:
+    """The arguments of one functional convolution by their names, and what came out."""
+
+    arguments: Mapping[str, Any]
+    output: Tensor
+
+
+@dataclass
+class Watch(TorchFunctionMode):
+    """Notes every functional convolution, and every other use of the watched tensors, while it is entered.
+
+    Looking at a tensor's shape, dtype or device is no use.
+    """
+
+    watched: Mapping[int, Tensor]
+    convolutions: list[Use] = field(default_factory=list)
+    others: list[Use] = field(default_factory=list)
+    on_convolution: Callable[[Use], None] = lambda use: None
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kernel = None
+        if func in CONVOLUTIONS:
+            arguments = bind(args, kwargs)
+            kernel = arguments.get("weight")
+            if isinstance(kernel, Tensor):  # else an op stands there
+                self.convolutions.append(self._describe(func, arguments))
+                self.on_convolution(self.convolutions[-1])
+        for value in (*args, *kwargs.values()):
+            for tensor in value if isinstance(value, (tuple, list)) else (value,):
+                if id(tensor) in self.watched and tensor is not kernel and not is_metadata(func):
+                    owner, where = caller()
+                    self.others.append(Use(name_of(func), owner, where, tensor, is_convolution=False))
+        return func(*args, **kwargs)
+
+    def _describe(self, func: Any, arguments: Mapping[str, Any]) -> Use:
+        owner, where = caller()
+        weight, x = arguments["weight"], arguments["input"]
+        tensor = self.watched.get(id(weight))
+        if func is not torch.conv2d:
+            return Use(CONVOLUTIONS[func], owner, where, tensor)
+        spec, problem = spec_of(weight.shape, arguments)
+        size = (int(x.shape[-2]), int(x.shape[-1]))
+        if tensor is None:
+            problem = "its kernel is computed when it runs"
+        return Use("conv2d", owner, where, tensor, spec, problem, size)
+
+
+class Recorder(TorchFunctionMode):
+    """Keeps the arguments and the output of every functional convolution, as they were at that moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in CONVOLUTIONS:
+            arguments = bind(args, kwargs or {})
+            # an activation in place would change both
+            self.calls.append(Call({**arguments, "input": arguments["input"].clone()}, out.clone()))
+        return out
+
+
+def bind(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a functional convolution by their names."""
+    return {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+
+
+def spec_of(shape: Any, arguments: Mapping[str, Any]) -> tuple[ConvSpec | None, str | None]:
+    """Return the geometry of a call with a kernel `(O, I, kh, kw)`, or why it has none.
+
+    The bias is not part of it: the call adds what it is given.
+    """
+    out_channels, per_group, height, width = (int(size) for size in shape)
+    try:
+        groups = int(arguments.get("groups", 1))
+        spec = ConvSpec.from_call(per_group * groups, out_channels, (height, width), {**arguments, "bias": None})
+    except (TypeError, ValueError):
+        return None, "its geometry is computed when it runs"
+    return spec, None
+
+
+def is_metadata(func: Any) -> bool:
+    """Whether a function only looks at what a tensor is, not at its values."""
+    if getattr(func, "__name__", "") in METHODS:
+        return True
+    return any(func == getattr(Tensor, name).__get__ for name in PROPERTIES)
+
+
+def name_of(func: Any) -> str:
+    """Return what a person would call a torch function."""
+    name = str(getattr(func, "__name__", func))
+    return str(getattr(func, "__self__", func)) if name == "__get__" else name.strip("_")
+
+
+def caller() -> tuple[nn.Module | None, str]:
+    """Return the module whose forward is running, and the line outside of torch that it is at."""
+    where, frame = "", inspect.currentframe()
+    owner: nn.Module | None = None
+    while frame is not None and owner is None:
+        code: types.CodeType = frame.f_code
+        if not where and not code.co_filename.startswith(_LIBRARY):
+            where = f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"
+        candidate = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        owner = candidate if isinstance(candidate, nn.Module) else None
+        frame = frame.f_back
+    return owner, where

@@ -1,0 +1,277 @@
+"""What an op is started from: a plain convolution that computes what the model's own does.
+
+An exact `nn.Conv2d` is its own donor. For a subclass, a replaced forward, a parametrized or pruned
+weight, a probe decides: a copy of the module is run alone on images of several sizes, in both modes,
+and what it hands to `torch.conv2d` is compared. So a class is known by what it does, not by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from convsurgeon.errors import SurveyError, one_line
+from convsurgeon.ops import AbstractCheapConv, SamePadding
+from convsurgeon.spec import ConvSpec
+from convsurgeon.surgery._calls import Call, Recorder, Watch, spec_of
+from convsurgeon.surgery._copies import copy_module
+
+WEIGHT_WRITERS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
+
+
+@dataclass(frozen=True)
+class Donor:
+    """A plain convolution that equals a module of the model, or the functional one inside it.
+
+    Args:
+        conv: the plain convolution; its weight is the model's own where that is used as it is.
+        spec: its geometry.
+        note: how it came to be, where it is not the module itself.
+        inside: whether only the functional convolution in the module's forward is replaced, since
+            the module does more than that.
+        dropped: names of what went into the weight, and goes with it.
+    """
+
+    conv: nn.Conv2d
+    spec: ConvSpec
+    note: str | None = None
+    inside: bool = False
+    dropped: frozenset[str] = frozenset()
+
+
+def find_donor(module: nn.Module) -> Donor | str:
+    """Return the donor of a convolution module, or the sentence why there is none."""
+    name = type_name(module)
+    if not isinstance(module, nn.Conv2d):
+        return f"{name} is not a Conv2d"
+    if isinstance(module._modules.get("weight"), AbstractCheapConv):
+        return "its kernel is a cheap convolution already"
+    if any(is_lazy(tensor) for tensor in module.parameters()):
+        return "it is lazy and has no weights yet; run the model once first"
+    if any(tensor.is_complex() for tensor in module.parameters()):
+        return "its weight is complex"
+    if is_plain(module):
+        return Donor(module, ConvSpec.from_conv(module))
+    try:
+        return _probe(module)
+    except _Refusal as refusal:
+        return str(refusal)
+
+
+def is_plain(module: nn.Conv2d) -> bool:
+    """Whether a module is a Conv2d whose forward, weight and bias are `nn.Conv2d`'s own."""
+    own = all(getattr(type(module), name) is getattr(nn.Conv2d, name) for name in ("forward", "_conv_forward"))
+    untouched = "forward" not in vars(module) and "_conv_forward" not in vars(module)
+    return own and untouched and all(name in module._parameters for name in ("weight", "bias"))
+
+
+def type_name(module: nn.Module) -> str:
+    """Return the class's name, with its module's path where it is not torch's own."""
+    cls = type(module)
+    if parametrize.is_parametrized(module):
+        cls = cls.__bases__[0]
+    return cls.__name__ if cls.__module__.startswith("torch.nn.") else f"{cls.__module__}.{cls.__qualname__}"
+
+
+class _Refusal(Exception):  # noqa: N818  it says no, it is no failure
+    """Why a module is no plain convolution."""
+
+
+def _probe(module: nn.Conv2d) -> Donor:
+    how = _weight_notes(module)
+    what = f"{type_name(module)} is a subclass of Conv2d that"
+    if type(module) is nn.Conv2d or parametrize.is_parametrized(module) or how:
+        what = "it"
+    if "forward" in vars(module) or "_conv_forward" in vars(module):
+        what = "its forward was replaced by one that"
+    copied = _bare_copy(module)
+    before = {name: tensor.detach().clone() for name, tensor in copied.named_parameters()}
+    runs = [(x, *_run(copied.eval(), x, what)) for x in _images(module)]
+    weight = runs[0][1].arguments["weight"]
+    bias = runs[0][1].arguments.get("bias")
+    if any(not _same(call.arguments["weight"], weight) for _, call, _ in runs):
+        raise _Refusal(f"{what} computes its kernel from its input")
+    if any(not _same(call.arguments.get("bias"), bias) for _, call, _ in runs):
+        raise _Refusal(f"{what} computes its bias from its input")
+    _, trained, _ = train_run = (runs[0][0], *_run(copied.train(), runs[0][0], what))
+    if not how and not _same(trained.arguments["weight"], weight):
+        raise _Refusal(f"{what} changes its kernel in training")
+    if any(not torch.equal(tensor, before[name]) for name, tensor in copied.named_parameters()):
+        raise _Refusal(f"{what} writes to its weight when it runs")
+    direct = weight is copied._parameters.get("weight")
+    padding = _padding(module, [*runs, train_run])
+    if padding is None or any(not _same(call.output, out) for _, call, out in (*runs, train_run)):
+        if not direct:
+            raise _Refusal(f"{what} does more than one convolution with a kernel that it computes")
+        return _inside(module, copied, [*runs, train_run], what)
+    spec = _spec(runs[0][1], padding)
+    if not direct and not how:
+        how = f"started from the kernel that {type_name(module)} computes from its weight"
+    notes = [note for note in (how, "pads as TensorFlow does" if spec.pads_by_size else None) if note]
+    own_bias = bias is copied._parameters.get("bias")
+    own_weight = _as_parameter(module.weight if direct else weight, module)
+    conv_bias = module.bias if own_bias else bias
+    conv = plain_convolution(
+        spec, own_weight, None if conv_bias is None else _as_parameter(conv_bias, module), training=module.training
+    )
+    dropped = {"forward", "_conv_forward", *(() if direct and own_bias else _ingredients(module))}
+    return Donor(conv, spec, "; ".join(notes) or None, dropped=frozenset(dropped))
+
+
+def _run(module: nn.Module, x: Tensor, what: str) -> tuple[Call, Tensor]:
+    """Run a module alone and return its one convolution and its output."""
+    recorder = Recorder()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), recorder:
+            out = module(x.clone())
+    except Exception as error:
+        raise _Refusal(f"{what} fails when it is run alone: {one_line(error)}") from error
+    if len(recorder.calls) != 1:
+        raise _Refusal(f"{what} runs {len(recorder.calls)} convolutions, not one")
+    call = recorder.calls[0]
+    weight = call.arguments["weight"]
+    if not isinstance(weight, Tensor) or weight.dim() != 4 or not isinstance(out, Tensor):
+        raise _Refusal(f"{what} is no 2-d convolution")
+    return call, out
+
+
+def _inside(module: nn.Conv2d, copied: nn.Conv2d, runs: Sequence[tuple[Tensor, Call, Tensor]], what: str) -> Donor:
+    """Return the convolution in a module that does more: its weight is used there as it is, and nowhere else."""
+    weight = copied.weight
+    for training in (False, True):
+        watch = Watch({id(weight): weight})
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), watch:
+            copied.train(training)(runs[0][0].clone())
+        if watch.others:
+            raise _Refusal(f"{what} also uses its weight in {watch.others[0].function}")
+    specs = {spec_of(call.arguments["weight"].shape, call.arguments)[0] for _, call, _ in runs}
+    spec = specs.pop()
+    if specs or spec is None:
+        raise _Refusal(f"{what} computes its geometry from its input")
+    note = f"inside the forward of {type_name(module)}, which stays"
+    conv = plain_convolution(spec, module.weight, training=module.training)
+    return Donor(conv, spec, note, inside=True)
+
+
+def _padding(module: nn.Conv2d, runs: Sequence[tuple[Tensor, Call, Tensor]]) -> tuple[Any, str] | None:
+    """Return the padding (and its mode) that explains what each run handed to the convolution, or None."""
+    call = runs[0][1]
+    of_call = call.arguments.get("padding", 0)
+
+    def explains(pad: Callable[[Tensor], Tensor]) -> bool:
+        return all(_same(pad(x), made.arguments["input"]) for x, made, _ in runs)
+
+    if explains(lambda x: x):
+        return of_call, "zeros"
+    if of_call not in (0, (0, 0), [0, 0], "valid"):
+        return None
+    sides = module._reversed_padding_repeated_twice
+    if module.padding_mode != "zeros" and explains(lambda x: nn.functional.pad(x, sides, mode=module.padding_mode)):
+        return module.padding, module.padding_mode
+    if explains(SamePadding(_spec(call, ("same", "zeros"))).pad):
+        return "same", "zeros"
+    return None
+
+
+def _spec(call: Call, padding: tuple[Any, str]) -> ConvSpec:
+    weight = call.arguments["weight"]
+    groups = int(call.arguments.get("groups", 1))
+    found = ConvSpec.from_call(
+        weight.shape[1] * groups,
+        weight.shape[0],
+        (weight.shape[2], weight.shape[3]),
+        {**call.arguments, "padding": padding[0]},
+    )
+    return found if padding[1] == "zeros" else ConvSpec(**{**vars(found), "padding_mode": padding[1]})
+
+
+def plain_convolution(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None, *, training: bool) -> nn.Conv2d:
+    """Return a plain convolution of that geometry around the given tensors; what is no parameter becomes a frozen one.
+
+    Padding that depends on the input's size, which torch's own does not offer, stands in the attribute only.
+    """
+    fields = {**vars(spec), "bias": False, "padding": 0 if spec.pads_by_size else spec.padding}
+    conv = nn.Conv2d(**fields, device="meta")
+    conv.padding = spec.padding
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        setattr(conv, name, tensor)
+    return conv.train(training)
+
+
+def _as_parameter(tensor: Tensor, module: nn.Module) -> nn.Parameter:
+    """Return what was computed from a module's parameters as one, trained if they are."""
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    parameters = list(module.parameters())
+    trained = any(parameter.requires_grad for parameter in parameters)
+    device = parameters[0].device if parameters else tensor.device
+    return nn.Parameter(tensor.detach().to(device), requires_grad=trained)
+
+
+def _bare_copy(module: nn.Conv2d) -> nn.Conv2d:
+    """Return a copy to run alone: without the user's hooks, on a device that computes."""
+    try:
+        copied = copy_module(module)
+    except SurveyError as error:
+        raise _Refusal(str(error)) from error
+    assert isinstance(copied, nn.Conv2d)
+    for part in copied.modules():
+        part._forward_hooks.clear()
+        for key, hook in list(part._forward_pre_hooks.items()):
+            if not isinstance(hook, WEIGHT_WRITERS):
+                del part._forward_pre_hooks[key]
+    if any(tensor.is_meta for tensor in (*copied.parameters(), *copied.buffers())):
+        copied.to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(0)
+        for tensor in (*copied.parameters(), *copied.buffers()):
+            if tensor.is_floating_point():
+                tensor.data.normal_(generator=generator)
+    return copied
+
+
+def _images(module: nn.Conv2d) -> Iterator[Tensor]:
+    """Yield images of sizes that differ in what a stride leaves over."""
+    generator = torch.Generator().manual_seed(0)
+    first = next(p for p in (*module.parameters(), *module.buffers()) if p.is_floating_point())
+    reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    pads = max(module._reversed_padding_repeated_twice, default=0) if module.padding_mode != "zeros" else 0
+    for extra in (2, 3, 5):
+        height, width = (r + pads + s + extra for r, s in zip(reach, module.stride, strict=True))
+        x = torch.randn(2, module.in_channels, height, width + 1, generator=generator)
+        yield x.to(dtype=first.dtype, device="cpu" if first.is_meta else first.device)
+
+
+def _weight_notes(module: nn.Conv2d) -> str | None:
+    """Return what writes the weight of a module before it runs, in words, or None."""
+    if parametrize.is_parametrized(module):
+        chains = module.parametrizations.values()  # type: ignore[operator]
+        names = dict.fromkeys(type(part).__name__.lstrip("_") for chain in chains for part in chain)
+        return f"started from its effective weight ({', '.join(names)} is baked in)"
+    writers = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WEIGHT_WRITERS)]
+    if any(isinstance(hook, prune.BasePruningMethod) for hook in writers):
+        return "started from its pruned weight; the sparsity is lost"
+    if writers:
+        return f"started from its effective weight ({type(writers[0]).__name__} is baked in)"
+    return None
+
+
+def _ingredients(module: nn.Conv2d) -> set[str]:
+    """Return the names of all that a module keeps besides weight and bias: it went into the weight."""
+    kept = {*module._parameters, *module._buffers, *module._modules}
+    return (kept | {"weight", "bias"}) if kept else set()
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return a is b
