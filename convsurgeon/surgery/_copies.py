@@ -22,30 +22,14 @@ ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
 def shadow(model: nn.Module) -> nn.Module:
     """Return a copy to trace, hook and run, in eval mode.
 
-    Some networks write to their weights in forward (max-norm constraints do, batch norm does in train
-    mode), and lazy layers make them there, so it shares none. Memory is copied where something is
-    written, and not before.
+    It shares no weights: some networks write to theirs in forward (max-norm constraints do, batch norm
+    does in train mode), and lazy layers make them there. (Torch's lazy clones would cost no memory, but
+    a write to one of a tensor that came from a file ends the process, in torch 2.14.)
 
     Raises:
         SurveyError: if the model cannot be copied.
     """
-    memo: dict[int, Any] = {}
-    # where Tensor.__deepcopy__ looks for storages that are copied already; views of one stay together
-    storages: dict[int, Any] = memo.setdefault("torch", {})  # type: ignore[call-overload]
-    for tensor in (*model.parameters(), *model.buffers()):
-        if type(tensor) is nn.Parameter:
-            memo[id(tensor)] = nn.Parameter(_copy_on_write(tensor), tensor.requires_grad)
-        elif type(tensor) is Tensor and tensor.grad_fn is None and tensor.layout is torch.strided:
-            storages[tensor.untyped_storage()._cdata] = _copy_on_write(tensor).untyped_storage()
-    return copy_module(model, memo).eval()
-
-
-def _copy_on_write(tensor: Tensor) -> Tensor:
-    """Return a tensor of the same values that takes memory of its own when one of the two is written to."""
-    try:
-        return tensor.detach()._lazy_clone()
-    except RuntimeError:  # memory that is not torch's own: of numpy, of a mapped file, shared with a process
-        return copy.deepcopy(tensor.detach())
+    return copy_module(model).eval()
 
 
 def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
