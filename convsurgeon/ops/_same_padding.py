@@ -21,8 +21,8 @@ class SamePadding(nn.Module):
         super().__init__()
         self.kernel_size, self.stride, self.dilation = spec.kernel_size, spec.stride, spec.dilation
 
-    def forward(self, op: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the arguments of the op with the input padded."""
+    def __call__(self, op: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments of the op with the input padded; it is no part of the op that a trace could name."""
         x, *others = args
         return (self.pad(x), *others)
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from convsurgeon.errors import SurveyError, one_line
@@ -22,14 +23,35 @@ ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
 def shadow(model: nn.Module) -> nn.Module:
     """Return a copy to trace, hook and run, in eval mode.
 
-    It shares no weights: some networks write to theirs in forward (max-norm constraints do, batch norm
-    does in train mode), and lazy layers make them there. (Torch's lazy clones would cost no memory, but
-    a write to one of a tensor that came from a file ends the process, in torch 2.14.)
+    Some networks write to their weights in forward (max-norm constraints do, batch norm does in train
+    mode), and lazy layers make them there, so it shares none. Memory is copied where one of the two is
+    written to, and not before.
 
     Raises:
         SurveyError: if the model cannot be copied.
     """
-    return copy_module(model).eval()
+    memo: dict[Any, Any] = {}
+    # where Tensor.__deepcopy__ looks for storages that are copied already; views of one stay together
+    storages = memo.setdefault("torch", {})
+    for tensor in (*model.parameters(), *model.buffers()):
+        if is_lazy(tensor) or not _may_be_copied_on_write(tensor):
+            continue
+        if type(tensor) is nn.Parameter:
+            memo[id(tensor)] = nn.Parameter(tensor.detach()._lazy_clone(), tensor.requires_grad)
+        elif type(tensor) is Tensor:
+            storages[tensor.untyped_storage()._cdata] = tensor.detach()._lazy_clone().untyped_storage()
+    return copy_module(model, memo).eval()
+
+
+def _may_be_copied_on_write(tensor: Tensor) -> bool:
+    """Whether a lazy clone is safe: a write to one ends the process where torch has no allocator for the memory.
+
+    That is so for what `torch.load` reads from a file, for mapped files, numpy's memory, and the like;
+    memory shared between processes has none that can be copied either.
+    """
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.grad_fn is not None:
+        return False
+    return tensor.untyped_storage().resizable() and not tensor.is_shared()  # type: ignore[no-untyped-call]
 
 
 def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

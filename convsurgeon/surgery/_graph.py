@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,14 +85,26 @@ def read_graphs(model: nn.Module, names: Names) -> GraphFacts:
             elif node.op == "get_attr":
                 result.findings += _reads(node, fqn, names)
         counts = Counter(called.values())
+        firsts = _reading_the_input(graph, called) if fqn == "" else set()
         for node, called_as in called.items():
             if node.op == "call_module" and not isinstance(module.get_submodule(str(node.target)), nn.Linear):
                 # how often a region itself is called, only the graph of the root tells
-                calls_of_it = {"calls": counts[called_as]} if fqn == "" else {}
+                calls_of_it = {"calls": counts[called_as], "stem": node in firsts} if fqn == "" else {}
                 result.facts.setdefault(called_as, {**_facts(node, module, prefix=fqn), **calls_of_it})
+            elif node in firsts:
+                result.facts.setdefault(called_as, {"stem": True})
         if fqn == "":
             result.order = list(called.values())
     return result
+
+
+def _reading_the_input(graph: fx.Graph, weighted: Collection[fx.Node]) -> set[fx.Node]:
+    """Return the weighted nodes that no other one stands before: parallel stems are several."""
+    behind: set[fx.Node] = set()
+    for node in graph.nodes:
+        if any(before in behind or before in weighted for before in node.all_input_nodes):
+            behind.add(node)
+    return {node for node in weighted if node not in behind}
 
 
 def _functional(node: fx.Node, region: nn.Module, fqn: str, names: Names) -> Finding | None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from torch import nn
 
 from convsurgeon import ops
-from convsurgeon.errors import NothingToConvertError, PlanError, SurveyError
+from convsurgeon.errors import NothingToConvertError, PlanError, SurveyError, one_line
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import ConvSpec
 from convsurgeon.surgery._copies import ExampleInputs
+from convsurgeon.surgery._parsing import expect_keys, finite, is_text, parse_plain, parse_spec, shown, text_of
 from convsurgeon.surgery._selectors import FilterFn, Selectors
 from convsurgeon.surgery._sites import Site, find_module
 from convsurgeon.surgery._survey import Survey, survey
@@ -96,12 +97,16 @@ class Plan:
         """
         if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
             raise PlanError(f'this is no plan: expected a JSON object with "format": "{_FORMAT}"')
-        if data.get("version") != _VERSION:
-            raise PlanError(f"plan version {data.get('version')!r} is not known here; expected {_VERSION}")
+        if type(version := data.get("version")) is not int or version != _VERSION:
+            newer = "; install a newer convsurgeon" if isinstance(version, int) and version > _VERSION else ""
+            raise PlanError(f"plan version {shown(version)} is not known here; expected {_VERSION}{newer}")
         try:
-            plan = cls(str(data["model"]), tuple(_decision(item) for item in data["decisions"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"malformed plan: {type(error).__name__} {error}") from error
+            expect_keys(data, ("format", "version", "model", "decisions"), what="a plan")
+            if not isinstance(data["decisions"], list):
+                raise ValueError(f"decisions must be a list, got {shown(data['decisions'])}")
+            plan = cls(text_of(data, "model"), tuple(_decision(item) for item in data["decisions"]))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise PlanError(f"malformed plan: {one_line(error)}") from error
         doubled = [fqn for fqn, n in Counter(f for d in plan.decisions for f in d.fqns).items() if n > 1]
         if doubled:
             raise PlanError(f"the plan decides twice about {doubled[0]!r}; keep one decision for each")
@@ -115,9 +120,9 @@ class Plan:
             PlanError: for text that is no JSON, or no plan.
         """
         try:
-            data = json.loads(text)
+            data = json.loads(text, parse_float=finite, parse_constant=finite)
         except (ValueError, RecursionError) as error:
-            raise PlanError(f"this is no plan: not JSON ({error})") from error
+            raise PlanError(f"this is no plan: not JSON ({one_line(error)})") from error
         return cls.from_dict(data)
 
 
@@ -159,6 +164,30 @@ def plan(
         found = model
     else:
         found = survey(model, example_inputs=example_inputs)
+    return decide(
+        found,
+        model,
+        to,
+        keep=keep,
+        only=only,
+        mapping=mapping,
+        options=options,
+        filter_fn=filter_fn,
+    )
+
+
+def decide(
+    found: Survey,
+    model: nn.Module | Survey,
+    to: str,
+    *,
+    keep: str | Sequence[str],
+    only: str | Sequence[str],
+    mapping: Mapping[str, str] | None,
+    options: Any,
+    filter_fn: FilterFn | None,
+) -> Plan:
+    """Return the plan for a survey; the arguments are those of `plan`."""
     selectors = Selectors.parse(to, keep=keep, only=only, mapping=mapping, options=options)
     if found.sites:
         selectors.check_against(found.sites)
@@ -253,30 +282,20 @@ def _nothing(result: Plan, to: str) -> str:
     )
 
 
-def _decision(item: Mapping[str, Any]) -> Decision:
-    fqns = item["fqns"]
-    if not isinstance(fqns, list) or not fqns or not all(isinstance(fqn, str) for fqn in fqns):
-        raise ValueError(f"fqns must be a list of names, got {fqns!r}")
-    if not isinstance(item["op"], (str, type(None))):
-        raise ValueError(f"op must be a name or null, got {item['op']!r}")
+def _decision(item: Any) -> Decision:
+    if not isinstance(item, Mapping):
+        raise ValueError(f"a decision must be an object, got {shown(item)}")
+    expect_keys(item, tuple(entry.name for entry in fields(Decision)), what="a decision")
+    fqns, op, options = item["fqns"], item["op"], item["options"]
+    if not isinstance(fqns, list) or not fqns or not all(is_text(fqn) for fqn in fqns):
+        raise ValueError(f"fqns must be a list of names, got {shown(fqns)}")
+    if op is not None and (not is_text(op) or item["spec"] is None):
+        raise ValueError(f"op must be a name, with a spec, or null, got {shown(op)}")
     return Decision(
         fqns=tuple(fqns),
-        spec=_spec(item["spec"]) if item["spec"] is not None else None,
-        op=item["op"],
-        label=str(item["label"]),
-        reason=str(item["reason"]),
-        options=dict(item["options"]),
+        spec=parse_spec(item["spec"]) if item["spec"] is not None else None,
+        op=op,
+        label=text_of(item, "label"),
+        reason=text_of(item, "reason"),
+        options=parse_plain(options),
     )
-
-
-def _spec(data: Mapping[str, Any]) -> ConvSpec:
-    spec = ConvSpec.from_dict(data)
-    pairs = {name: getattr(spec, name) for name in ("kernel_size", "stride", "padding", "dilation")}
-    for name, pair in pairs.items():
-        named = name == "padding" and isinstance(pair, str)
-        if not named and (not isinstance(pair, tuple) or [type(size) for size in pair] != [int, int]):
-            raise ValueError(f"{name} must be two whole numbers, got {pair!r}")
-    for name in ("in_channels", "out_channels", "groups"):
-        if type(getattr(spec, name)) is not int:
-            raise ValueError(f"{name} must be a whole number, got {getattr(spec, name)!r}")
-    return spec

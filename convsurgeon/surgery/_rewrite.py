@@ -23,10 +23,11 @@ from convsurgeon.spec import ConvSpec
 from convsurgeon.surgery._copies import ExampleInputs, copy_module, copy_value
 from convsurgeon.surgery._donors import WEIGHT_WRITERS, Donor, find_donor, plain_convolution
 from convsurgeon.surgery._functional import Names
-from convsurgeon.surgery._guard import check_outputs
-from convsurgeon.surgery._plan import Decision, Plan, plan
+from convsurgeon.surgery._guard import check_outputs, compare_outputs
+from convsurgeon.surgery._plan import Decision, Plan, decide
 from convsurgeon.surgery._selectors import FilterFn
 from convsurgeon.surgery._sites import describe, shared_weights, walk
+from convsurgeon.surgery._survey import look
 
 __all__ = ["check_outputs", "plan_of", "rebuild", "rewrite"]
 
@@ -83,20 +84,13 @@ def rewrite(
     if isinstance(to, Plan):
         if keep or only or mapping or options or filter_fn:
             raise PlanError("a plan is carried out as it is; change its decisions instead of giving selectors")
-        the_plan = to
+        the_plan, expected = to, None
     else:
-        the_plan = plan(
-            model,
-            to,
-            keep=keep,
-            only=only,
-            mapping=mapping,
-            options=options,
-            filter_fn=filter_fn,
-            example_inputs=example_inputs,
-        )
+        found, expected = look(model, example_inputs)
+        the_plan = decide(found, model, to, keep=keep, only=only, mapping=mapping, options=options, filter_fn=filter_fn)
     student = _carry_out(model, the_plan, initialize=True)
-    report(Progress("rewrite", message=str(check_outputs(model, student, example_inputs))))
+    checked = compare_outputs(model, student, example_inputs, expected=expected)
+    report(Progress("rewrite", message=str(checked)))
     return student
 
 
@@ -161,7 +155,7 @@ def _module_donor(decision: Decision, module: nn.Module, fqns: tuple[str, ...], 
     if not isinstance(module, nn.Conv2d):
         raise PlanError(f"{decision.fqn} is a {type(module).__name__}; only a Conv2d can become {decision.op}")
     donor = find_donor(module)
-    obstacle = donor if isinstance(donor, str) else describe(module, fqns, tied).obstacle
+    obstacle = donor if isinstance(donor, str) else describe(module, fqns, tied, donor=donor).obstacle
     if obstacle is not None or isinstance(donor, str):
         raise PlanError(f"{decision.fqn} cannot become {decision.op}: {obstacle}")
     _check_geometry(decision, donor.spec)

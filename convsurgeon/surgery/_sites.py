@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from convsurgeon import ops
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import ConvSpec, Pair
-from convsurgeon.surgery._donors import find_donor, type_name
+from convsurgeon.surgery._donors import Donor, find_donor, type_name
 
 _REGISTRIES = frozenset(vars(nn.Module()))
 
@@ -115,11 +115,17 @@ def _unregistered(model: nn.Module, known: set[nn.Module]) -> Iterator[tuple[nn.
                             yield part, f"{where}.{inner}".rstrip(".")
 
 
-def describe(module: nn.Module, fqns: tuple[str, ...], tied: dict[int, str]) -> Site:
-    """Return the site of one convolution as far as the module itself tells it."""
+def describe(
+    module: nn.Module, fqns: tuple[str, ...], tied: dict[int, str], *, donor: Donor | str | None = None
+) -> Site:
+    """Return the site of one convolution as far as the module itself tells it.
+
+    Args:
+        donor: what `find_donor` returned for it, where that is known.
+    """
     if isinstance(module, AbstractCheapConv):
         return Site(fqns, type(module).__name__, module.spec, op=module.name, options=dict(module.options))
-    donor = find_donor(module)
+    donor = donor or find_donor(module)
     if isinstance(donor, str):
         known = isinstance(module, nn.Conv2d) and not any(is_lazy(p) for p in module.parameters())
         spec = ConvSpec.from_conv(module) if known else None  # type: ignore[arg-type]

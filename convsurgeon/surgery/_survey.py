@@ -16,6 +16,7 @@ from convsurgeon.surgery._calls import Use, Watch
 from convsurgeon.surgery._copies import ExampleInputs, call, shadow
 from convsurgeon.surgery._functional import Finding, Names, functional_sites, read_by_others
 from convsurgeon.surgery._graph import GraphFacts, read_graphs
+from convsurgeon.surgery._outputs import Leaf, describe_output
 from convsurgeon.surgery._sites import Site, describe, shared_weights, walk
 
 _STEM_CHANNELS = 4
@@ -57,25 +58,27 @@ def survey(model: nn.Module, *, example_inputs: ExampleInputs | None = None) -> 
     Raises:
         SurveyError: if the model cannot be copied, or fails on the example input.
     """
+    return look(model, example_inputs)[0]
+
+
+def look(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Survey, list[Leaf] | None]:
+    """Return the survey, and what came out of the run on the example input, so that none is run twice."""
     tied = shared_weights(model)
-    found = [describe(module, fqns, tied) for module, fqns in walk(model)]
+    modules = [describe(module, fqns, tied) for module, fqns in walk(model)]
     copied = shadow(model)
+    run = _observe(copied, Names(copied), example_inputs) if example_inputs is not None else None
     names = Names(copied)
     graphs = read_graphs(copied, names)
-    findings = list(graphs.findings)
-    run = None
-    if example_inputs is not None:
-        copied = shadow(model)
-        run = _observe(copied, Names(copied), example_inputs)
-        findings += run.findings
+    findings = [*graphs.findings, *(run.findings if run is not None else [])]
     reads = read_by_others(findings, names)
     order = run.order if run is not None and run.order else graphs.order
     first = order[0] if order else _first_in_module_order(model)
-    sites = [_complete(_with_readers(site, reads), graphs, run, first) for site in found]
+    sites = [_complete(_with_readers(site, reads), graphs, run, first) for site in modules]
     mine = {fqn for site in sites for fqn in site.fqns}
     functional = [site for site in functional_sites(findings, names) if not mine.intersection(site.fqns)]
-    sites += [replace(site, stem=_is_stem(site, first)) for site in functional]
-    return Survey(type(model).__name__, tuple(sites), tuple(graphs.untraced), observed=run is not None)
+    sites += [_complete(site, graphs, None, first) for site in functional]
+    found = Survey(type(model).__name__, tuple(sites), tuple(graphs.untraced), observed=run is not None)
+    return found, None if run is None else run.output
 
 
 @dataclass
@@ -83,6 +86,7 @@ class _Run:
     order: list[str]
     sizes: Mapping[str, tuple[Pair, ...]]
     findings: list[Finding]
+    output: list[Leaf]
 
 
 def _observe(model: nn.Module, names: Names, example_inputs: ExampleInputs) -> _Run:
@@ -98,13 +102,15 @@ def _observe(model: nn.Module, names: Names, example_inputs: ExampleInputs) -> _
 
         return hook
 
-    for module, fqns in walk(model):
+    handles = [
         # before an op's own padding
         module.register_forward_pre_hook(note(fqns[0]), with_kwargs=True, prepend=True)
+        for module, fqns in walk(model)
+    ]
     inside = tuple(f"{fqns[0]}." for module, fqns in walk(model) if isinstance(module, AbstractCheapConv))
     for fqn, module in model.named_modules():
         if isinstance(module, nn.Linear) and not fqn.startswith(inside):
-            module.register_forward_pre_hook(note(fqn), with_kwargs=True)
+            handles.append(module.register_forward_pre_hook(note(fqn), with_kwargs=True))
 
     def note_functional(use: Use) -> None:
         kernel = names.first(use.tensor)
@@ -115,14 +121,17 @@ def _observe(model: nn.Module, names: Names, example_inputs: ExampleInputs) -> _
 
     watch = Watch(names.kernels, on_convolution=note_functional)
     try:
-        call(model, example_inputs, watch)
+        output = describe_output(call(model, example_inputs, watch))
     except Exception as error:
         raise SurveyError(
             f"{type(model).__name__} itself fails on the example input {describe_inputs(example_inputs)}: "
             f"{one_line(error)}; give an input that it takes"
         ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
     findings = [names.resolve(use) for use in (*watch.convolutions, *watch.others) if not names.is_own(use)]
-    return _Run(order, sizes, findings)
+    return _Run(order, sizes, findings, output)
 
 
 def _with_readers(site: Site, reads: Mapping[str, str]) -> Site:
@@ -131,23 +140,22 @@ def _with_readers(site: Site, reads: Mapping[str, str]) -> Site:
 
 
 def _complete(site: Site, graphs: GraphFacts, run: _Run | None, first: str | None) -> Site:
-    routes, facts = ["module"], {}
+    """Add what graphs and run tell; a functional site knows that already, but for what it comes before."""
+    routes = list(site.routes)
+    facts: dict[str, Any] = {}
     fqns = _callers(site)
     for fqn in fqns:
         if fqn in graphs.facts:
             routes.append("fx")
-            facts = dict(graphs.facts[fqn])
+            facts |= dict(graphs.facts[fqn])
             break
     if run is not None:
         facts["calls"] = sum(run.order.count(fqn) for fqn in fqns)
         facts["input_sizes"] = tuple(size for fqn in site.fqns for size in run.sizes.get(fqn, ()))
         routes += ["observed"] if facts["calls"] else []
-    return replace(site, routes=tuple(routes), stem=_is_stem(site, first), **facts)
-
-
-def _is_stem(site: Site, first: str | None) -> bool:
     narrow = site.spec is not None and site.spec.in_channels <= _STEM_CHANNELS
-    return narrow and first in _callers(site)
+    facts["stem"] = narrow and (facts.get("stem", False) or first in fqns)
+    return replace(site, routes=tuple(dict.fromkeys(routes)), **facts)
 
 
 def _callers(site: Site) -> tuple[str, ...]:
