@@ -106,7 +106,8 @@ class Plan:
                 raise ValueError(f"decisions must be a list, got {shown(data['decisions'])}")
             plan = cls(text_of(data, "model"), tuple(_decision(item) for item in data["decisions"]))
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise PlanError(f"malformed plan: {one_line(error)}") from error
+            said = str(error) if type(error) is ValueError else one_line(error)
+            raise PlanError(f"malformed plan: {said}") from error
         doubled = [fqn for fqn, n in Counter(f for d in plan.decisions for f in d.fqns).items() if n > 1]
         if doubled:
             raise PlanError(f"the plan decides twice about {doubled[0]!r}; keep one decision for each")

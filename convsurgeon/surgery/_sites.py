@@ -102,7 +102,7 @@ def _unregistered(model: nn.Module, known: set[nn.Module]) -> Iterator[tuple[nn.
         if isinstance(module, AbstractCheapConv):
             continue
         for name, value in vars(module).items():
-            if isinstance(value, (list, tuple, dict)) and name not in _REGISTRIES:
+            if name not in _REGISTRIES and _may_hold_modules(value):
                 leaves, _ = pytree.tree_flatten_with_path(value)
                 for path, leaf in leaves:
                     if not isinstance(leaf, nn.Module) or leaf in known:
@@ -113,6 +113,14 @@ def _unregistered(model: nn.Module, known: set[nn.Module]) -> Iterator[tuple[nn.
                         if is_new and isinstance(part, (AbstractCheapConv, _ConvNd)):
                             where = f"{owner}.{name}{pytree.keystr(path)}".lstrip(".")
                             yield part, f"{where}.{inner}".rstrip(".")
+
+
+def _may_hold_modules(value: Any) -> bool:
+    """Whether an attribute is a container of more than numbers: cheap, since every kernel size is a tuple."""
+    if not isinstance(value, (list, tuple, dict)):
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    return any(isinstance(part, (nn.Module, list, tuple, dict)) for part in parts)
 
 
 def describe(

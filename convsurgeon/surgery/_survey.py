@@ -102,12 +102,13 @@ def _observe(model: nn.Module, names: Names, example_inputs: ExampleInputs) -> _
 
         return hook
 
+    sites = list(walk(model))
     handles = [
         # before an op's own padding
         module.register_forward_pre_hook(note(fqns[0]), with_kwargs=True, prepend=True)
-        for module, fqns in walk(model)
+        for module, fqns in sites
     ]
-    inside = tuple(f"{fqns[0]}." for module, fqns in walk(model) if isinstance(module, AbstractCheapConv))
+    inside = tuple(f"{fqns[0]}." for module, fqns in sites if isinstance(module, AbstractCheapConv))
     for fqn, module in model.named_modules():
         if isinstance(module, nn.Linear) and not fqn.startswith(inside):
             handles.append(module.register_forward_pre_hook(note(fqn), with_kwargs=True))
