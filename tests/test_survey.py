@@ -132,8 +132,29 @@ def test_the_stem_is_first_in_call_order() -> None:
     assert stems(Late(tricky=True), 4) == ["first"]
 
 
+def test_without_trace_and_input_a_generated_image_shows_the_order() -> None:
+    assert stems(Late(tricky=True)) == ["first"]
+
+
 def test_the_stem_is_first_in_module_order_where_nothing_shows_the_calls() -> None:
-    assert stems(Late(tricky=True)) == ["second"]
+    class TwoInputs(Late):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return super().forward(x + y)
+
+    assert stems(TwoInputs(tricky=True)) == ["second"]
+
+
+def test_parallel_stems() -> None:
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.three, self.next = conv(3, 8, 1), conv(3, 8), conv(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.next(self.one(x) + self.three(x))
+
+    assert stems(Parallel()) == ["one", "three"]
+    assert stems(Parallel(), 3) == ["one", "three"]
 
 
 def test_no_stem_after_a_wide_convolution_or_a_linear_layer() -> None:

@@ -6,12 +6,20 @@ group `convsurgeon.ops`, through which other packages add theirs.
 
 from typing import TYPE_CHECKING, Any
 
-from convsurgeon.ops._base import AbstractCheapConv
+from convsurgeon.ops._base import TENSOR_METADATA, AbstractCheapConv
 from convsurgeon.ops._registry import get, names, register
 from convsurgeon.ops._same_padding import SamePadding
 from convsurgeon.ops._spatial_pointwise import AbstractSpatialPointwise
 
-__all__ = ["AbstractCheapConv", "AbstractSpatialPointwise", "SamePadding", "get", "names", "register"]
+__all__ = [
+    "TENSOR_METADATA",
+    "AbstractCheapConv",
+    "AbstractSpatialPointwise",
+    "SamePadding",
+    "get",
+    "names",
+    "register",
+]
 
 
 if not TYPE_CHECKING:

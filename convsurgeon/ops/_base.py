@@ -18,6 +18,13 @@ from convsurgeon.options import parse_options
 from convsurgeon.spec import ConvSpec, Pair
 
 _CONV2D_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+TENSOR_METADATA = frozenset(
+    {
+        *("shape", "dtype", "device", "ndim", "requires_grad", "is_meta", "is_cuda", "layout", "itemsize"),
+        *("size", "dim", "numel", "is_floating_point", "is_complex", "element_size", "is_contiguous"),
+    }
+)
+"""What a tensor can be asked for without looking at its values."""
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -98,13 +105,16 @@ class AbstractCheapConv(nn.Module, ABC):
         return bias
 
     def __getattr__(self, name: str) -> Any:
-        """Find `weight` too, if the op has none of its own: the dense kernel it equals, as model code expects."""
+        """Find `weight` too, if the op has none of its own: the dense kernel it equals, as model code expects.
+
+        Where the op stands for a kernel, it is asked for shape, dtype and device as a tensor is.
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name != "weight":
+            if name != "weight" and name not in TENSOR_METADATA:
                 raise
-        return self.as_dense()
+        return self.as_dense() if name == "weight" else getattr(self.as_dense(), name)
 
     @property
     def spec(self) -> ConvSpec:

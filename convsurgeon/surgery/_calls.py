@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from convsurgeon.ops import TENSOR_METADATA
 from convsurgeon.spec import ConvSpec, Pair
 
 CONVOLUTIONS = {
@@ -24,8 +25,9 @@ CONVOLUTIONS = {
     torch.conv_transpose3d: "conv_transpose3d",
 }
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-METHODS = {"size", "dim", "numel", "stride", "is_floating_point", "is_complex", "element_size", "is_contiguous"}
-PROPERTIES = {"shape", "dtype", "device", "ndim", "requires_grad", "is_meta", "is_cuda", "layout", "itemsize"}
+# what an op answers, too, where it stands for a kernel
+METHODS = {name for name in TENSOR_METADATA if callable(getattr(Tensor, name))}
+PROPERTIES = TENSOR_METADATA - METHODS
 # the folders of torch and of this package: a line there is not the caller's
 _LIBRARY = tuple(os.path.dirname(file) + os.sep for file in (str(torch.__file__), os.path.dirname(__file__)))
 

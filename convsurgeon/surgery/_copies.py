@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from convsurgeon.errors import SurveyError, one_line
@@ -23,23 +22,17 @@ ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
 def shadow(model: nn.Module) -> nn.Module:
     """Return a copy to trace, hook and run, in eval mode.
 
-    Some networks write to their weights in forward (max-norm constraints do, batch norm does in train
-    mode), and lazy layers make them there, so it shares none. Memory is copied where one of the two is
-    written to, and not before.
+    Some networks write to their weights in forward (max-norm constraints do), and lazy layers make them
+    there, so it shares none. A parameter's memory is copied when one of the two is written to, and not
+    before; buffers, which are small and often written to, at once.
 
     Raises:
         SurveyError: if the model cannot be copied.
     """
-    memo: dict[Any, Any] = {}
-    # where Tensor.__deepcopy__ looks for storages that are copied already; views of one stay together
-    storages = memo.setdefault("torch", {})
-    for tensor in (*model.parameters(), *model.buffers()):
-        if is_lazy(tensor) or not _may_be_copied_on_write(tensor):
-            continue
-        if type(tensor) is nn.Parameter:
-            memo[id(tensor)] = nn.Parameter(tensor.detach()._lazy_clone(), tensor.requires_grad)
-        elif type(tensor) is Tensor:
-            storages[tensor.untyped_storage()._cdata] = tensor.detach()._lazy_clone().untyped_storage()
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter and _may_be_copied_on_write(parameter):
+            memo[id(parameter)] = nn.Parameter(parameter.detach()._lazy_clone(), parameter.requires_grad)
     return copy_module(model, memo).eval()
 
 
@@ -49,7 +42,7 @@ def _may_be_copied_on_write(tensor: Tensor) -> bool:
     That is so for what `torch.load` reads from a file, for mapped files, numpy's memory, and the like;
     memory shared between processes has none that can be copied either.
     """
-    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.grad_fn is not None:
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
         return False
     return tensor.untyped_storage().resizable() and not tensor.is_shared()  # type: ignore[no-untyped-call]
 

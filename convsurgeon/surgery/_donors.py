@@ -22,7 +22,7 @@ from convsurgeon.errors import SurveyError, one_line
 from convsurgeon.ops import AbstractCheapConv, SamePadding
 from convsurgeon.spec import ConvSpec
 from convsurgeon.surgery._calls import Call, Recorder, Watch, spec_of
-from convsurgeon.surgery._copies import copy_module
+from convsurgeon.surgery._copies import call, copy_module
 
 WEIGHT_WRITERS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 
@@ -50,9 +50,11 @@ class Donor:
 def find_donor(module: nn.Module) -> Donor | str:
     """Return the donor of a convolution module, or the sentence why there is none."""
     name = type_name(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"it is a {module.original_name} compiled by TorchScript; convert the model before it is scripted"
     if not isinstance(module, nn.Conv2d):
         return f"{name} is not a Conv2d"
-    if isinstance(module._modules.get("weight"), AbstractCheapConv):
+    if has_op_for_kernel(module):
         return "its kernel is a cheap convolution already"
     if any(is_lazy(tensor) for tensor in module.parameters()):
         return "it is lazy and has no weights yet; run the model once first"
@@ -64,6 +66,11 @@ def find_donor(module: nn.Module) -> Donor | str:
         return _probe(module)
     except _Refusal as refusal:
         return str(refusal)
+
+
+def has_op_for_kernel(module: nn.Module) -> bool:
+    """Whether an op stands where a convolution had its kernel."""
+    return "weight" in module._modules and isinstance(module._modules["weight"], AbstractCheapConv)
 
 
 def is_plain(module: nn.Conv2d) -> bool:
@@ -97,9 +104,9 @@ def _probe(module: nn.Conv2d) -> Donor:
     runs = [(x, *_run(copied.eval(), x, what)) for x in _images(module)]
     weight = runs[0][1].arguments["weight"]
     bias = runs[0][1].arguments.get("bias")
-    if any(not _same(call.arguments["weight"], weight) for _, call, _ in runs):
+    if any(not _same(made.arguments["weight"], weight) for _, made, _ in runs):
         raise _Refusal(f"{what} computes its kernel from its input")
-    if any(not _same(call.arguments.get("bias"), bias) for _, call, _ in runs):
+    if any(not _same(made.arguments.get("bias"), bias) for _, made, _ in runs):
         raise _Refusal(f"{what} computes its bias from its input")
     _, trained, _ = train_run = (runs[0][0], *_run(copied.train(), runs[0][0], what))
     if not how and not _same(trained.arguments["weight"], weight):
@@ -108,7 +115,7 @@ def _probe(module: nn.Conv2d) -> Donor:
         raise _Refusal(f"{what} writes to its weight when it runs")
     direct = weight is copied._parameters.get("weight")
     padding = _padding(module, [*runs, train_run])
-    if padding is None or any(not _same(call.output, out) for _, call, out in (*runs, train_run)):
+    if padding is None or any(not _same(made.output, out) for _, made, out in (*runs, train_run)):
         if not direct:
             raise _Refusal(f"{what} does more than one convolution with a kernel that it computes")
         return _inside(module, copied, [*runs, train_run], what)
@@ -130,17 +137,16 @@ def _run(module: nn.Module, x: Tensor, what: str) -> tuple[Call, Tensor]:
     """Run a module alone and return its one convolution and its output."""
     recorder = Recorder()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), recorder:
-            out = module(x.clone())
+        out = call(module, x, recorder)
     except Exception as error:
         raise _Refusal(f"{what} fails when it is run alone: {one_line(error)}") from error
     if len(recorder.calls) != 1:
         raise _Refusal(f"{what} runs {len(recorder.calls)} convolutions, not one")
-    call = recorder.calls[0]
-    weight = call.arguments["weight"]
+    made = recorder.calls[0]
+    weight = made.arguments["weight"]
     if not isinstance(weight, Tensor) or weight.dim() != 4 or not isinstance(out, Tensor):
         raise _Refusal(f"{what} is no 2-d convolution")
-    return call, out
+    return made, out
 
 
 def _inside(module: nn.Conv2d, copied: nn.Conv2d, runs: Sequence[tuple[Tensor, Call, Tensor]], what: str) -> Donor:
@@ -148,11 +154,10 @@ def _inside(module: nn.Conv2d, copied: nn.Conv2d, runs: Sequence[tuple[Tensor, C
     weight = copied.weight
     for training in (False, True):
         watch = Watch({id(weight): weight})
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), watch:
-            copied.train(training)(runs[0][0].clone())
+        call(copied.train(training), runs[0][0], watch)
         if watch.others:
             raise _Refusal(f"{what} also uses its weight in {watch.others[0].function}")
-    specs = {spec_of(call.arguments["weight"].shape, call.arguments)[0] for _, call, _ in runs}
+    specs = {spec_of(made.arguments["weight"].shape, made.arguments)[0] for _, made, _ in runs}
     spec = specs.pop()
     if specs or spec is None:
         raise _Refusal(f"{what} computes its geometry from its input")
@@ -163,8 +168,8 @@ def _inside(module: nn.Conv2d, copied: nn.Conv2d, runs: Sequence[tuple[Tensor, C
 
 def _padding(module: nn.Conv2d, runs: Sequence[tuple[Tensor, Call, Tensor]]) -> tuple[Any, str] | None:
     """Return the padding (and its mode) that explains what each run handed to the convolution, or None."""
-    call = runs[0][1]
-    of_call = call.arguments.get("padding", 0)
+    first = runs[0][1]
+    of_call = first.arguments.get("padding", 0)
 
     def explains(pad: Callable[[Tensor], Tensor]) -> bool:
         return all(_same(pad(x), made.arguments["input"]) for x, made, _ in runs)
@@ -176,19 +181,19 @@ def _padding(module: nn.Conv2d, runs: Sequence[tuple[Tensor, Call, Tensor]]) -> 
     sides = module._reversed_padding_repeated_twice
     if module.padding_mode != "zeros" and explains(lambda x: nn.functional.pad(x, sides, mode=module.padding_mode)):
         return module.padding, module.padding_mode
-    if explains(SamePadding(_spec(call, ("same", "zeros"))).pad):
+    if explains(SamePadding(_spec(first, ("same", "zeros"))).pad):
         return "same", "zeros"
     return None
 
 
-def _spec(call: Call, padding: tuple[Any, str]) -> ConvSpec:
-    weight = call.arguments["weight"]
-    groups = int(call.arguments.get("groups", 1))
+def _spec(made: Call, padding: tuple[Any, str]) -> ConvSpec:
+    weight = made.arguments["weight"]
+    groups = int(made.arguments.get("groups", 1))
     found = ConvSpec.from_call(
         weight.shape[1] * groups,
         weight.shape[0],
         (weight.shape[2], weight.shape[3]),
-        {**call.arguments, "padding": padding[0]},
+        {**made.arguments, "padding": padding[0]},
     )
     return found if padding[1] == "zeros" else ConvSpec(**{**vars(found), "padding_mode": padding[1]})
 
@@ -242,7 +247,8 @@ def _bare_copy(module: nn.Conv2d) -> nn.Conv2d:
 def _images(module: nn.Conv2d) -> Iterator[Tensor]:
     """Yield images of sizes that differ in what a stride leaves over."""
     generator = torch.Generator().manual_seed(0)
-    first = next(p for p in (*module.parameters(), *module.buffers()) if p.is_floating_point())
+    tensors = (*module.parameters(), *module.buffers())
+    first = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(()))
     reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
     pads = max(module._reversed_padding_repeated_twice, default=0) if module.padding_mode != "zeros" else 0
     for extra in (2, 3, 5):

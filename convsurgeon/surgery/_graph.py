@@ -51,10 +51,10 @@ class SiteTracer(fx.Tracer):
         return isinstance(m, _WEIGHTED) or super().is_leaf_module(m, module_qualified_name)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Note the source line of functional convolutions: a traceback for every node would be slow."""
+        """Note who makes a functional convolution, and where: a traceback for every node would be slow."""
         node = super().create_node(kind, target, *args, **kwargs)
         if kind == "call_function" and target in CONVOLUTIONS:
-            node.meta["source_line"] = caller()[1]
+            node.meta["source_owner"], node.meta["source_line"] = caller()
         return node
 
 
@@ -77,6 +77,8 @@ def read_graphs(model: nn.Module, names: Names) -> GraphFacts:
         for node in graph.nodes:
             if node.op == "call_module" and isinstance(module.get_submodule(node.target), _WEIGHTED):
                 called[node] = f"{fqn}.{node.target}".lstrip(".")
+            elif node.op == "call_function" and isinstance(node.meta.get("source_owner"), _WEIGHTED):
+                called[node] = names.modules[node.meta["source_owner"]]  # its forward was called, not itself
             elif node.op == "call_function" and node.target in CONVOLUTIONS:
                 finding = _functional(node, module, fqn, names)
                 if finding is not None:
@@ -140,7 +142,8 @@ def _reads(node: fx.Node, fqn: str, names: Names) -> list[Finding]:
     for user in node.users:
         is_conv = user.op == "call_function" and user.target in CONVOLUTIONS
         as_kernel = is_conv and bind(user.args, user.kwargs).get("weight") is node
-        if (as_kernel and not owned) or _looks_only(user):
+        by_itself = isinstance(user.meta.get("source_owner"), _WEIGHTED)
+        if (as_kernel and (by_itself or not owned)) or _looks_only(user):
             continue
         function = str(getattr(user.target, "__name__", user.target))
         where = str(user.meta.get("source_line", ""))
@@ -182,6 +185,9 @@ def _owner(node: fx.Node, region: str) -> str:
 
 def _regions(module: nn.Module, fqn: str, untraced: list[tuple[str, str]]) -> Iterator[tuple[str, nn.Module, fx.Graph]]:
     if isinstance(module, _WEIGHTED) or (fqn and not _may_convolve(module)):
+        return
+    if isinstance(module, torch.jit.ScriptModule):
+        untraced.append((fqn or "(root)", "it is compiled by TorchScript"))
         return
     if type(module).forward is not nn.Module.forward:
         try:

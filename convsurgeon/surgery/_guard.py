@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from convsurgeon.errors import GuardError, SurveyError, one_line
-from convsurgeon.ops import AbstractCheapConv
-from convsurgeon.record import read_record
 from convsurgeon.surgery._copies import ExampleInputs, call, copy_module, shadow
+from convsurgeon.surgery._examples import at_least_two, generated_inputs
 from convsurgeon.surgery._outputs import Leaf, describe_output
 from convsurgeon.surgery._survey import describe_inputs
-
-_SIDES = (64, 224, 32)
 
 
 @dataclass(frozen=True)
@@ -89,31 +84,6 @@ def compare_outputs(
     if expected_in_training is not None:
         loose += _compare(copied, model, batch, expected_in_training, what=f"{what}, in train mode", training=True)
     return GuardReport(what, tuple(dict.fromkeys(loose)), not_trained)
-
-
-def at_least_two(inputs: ExampleInputs) -> ExampleInputs:
-    """Return the input with a batch of one doubled: batch norm cannot train on one value."""
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
-    if not tensors or any(tensor.shape[0] != 1 for tensor in tensors if tensor.dim() > 1):
-        return inputs
-    doubled: ExampleInputs = pytree.tree_map(
-        lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() > 1 else leaf, inputs
-    )
-    return doubled
-
-
-def generated_inputs(model: nn.Module) -> Iterator[Tensor]:
-    """Yield images that a model may take: of the shape on its record, else squares of some sizes."""
-    first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    convs = [module.in_channels for module in model.modules() if isinstance(module, (nn.Conv2d, AbstractCheapConv))]
-    kernels = [int(p.shape[1]) for p in model.parameters() if not is_lazy(p) and p.dim() == 4]
-    known = read_record(model).get("input_shape")
-    shapes = [(1, *known[1:])] if known else []
-    for channels in dict.fromkeys([*convs[:1], *kernels[:1], 3, 1]):
-        shapes += [(1, channels, side, side) for side in _SIDES]
-    for shape in shapes:
-        generator = torch.Generator().manual_seed(0)
-        yield torch.randn(shape, generator=generator).to(device=first.device, dtype=first.dtype)
 
 
 def _run_teacher(
@@ -225,7 +195,11 @@ def _trace_shapes(model: nn.Module, inputs: ExampleInputs) -> dict[str, list[Lea
     def note(fqn: str) -> Any:
         return lambda module, args, output: found.setdefault(fqn, []).extend(describe_output(output))
 
-    handles = [module.register_forward_hook(note(fqn)) for fqn, module in model.named_modules()]
+    handles = [
+        module.register_forward_hook(note(fqn))
+        for fqn, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
+    ]
     with contextlib.suppress(Exception):  # it is asked how far it comes
         call(model, inputs)
     for handle in handles:

@@ -7,6 +7,7 @@ dict or attribute that held the convolution, and no dense weight that goes is ev
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MethodType
@@ -108,13 +109,15 @@ def plan_of(student: nn.Module) -> Plan | None:
 def _carry_out(model: nn.Module, the_plan: Plan, *, initialize: bool) -> nn.Module:
     replacements = _find_donors(model, the_plan)
     memo: dict[int, Any] = {}
-    for decision, donor, replaced in replacements:
-        assert decision.op is not None
-        try:
-            op = ops.get(decision.op).from_conv(donor.conv, decision.options, initialize=initialize)
-        except UnsupportedConvError as error:
-            raise UnsupportedConvError(f"{decision.fqn}: {error}") from error
-        memo[id(replaced)] = op
+    # the first op in a process makes torch import sympy, which adds a warnings filter of its own
+    with warnings.catch_warnings():
+        for decision, donor, replaced in replacements:
+            assert decision.op is not None
+            try:
+                op = ops.get(decision.op).from_conv(donor.conv, decision.options, initialize=initialize)
+            except UnsupportedConvError as error:
+                raise UnsupportedConvError(f"{decision.fqn}: {error}") from error
+            memo[id(replaced)] = op
     for _, donor, replaced in replacements:
         if isinstance(replaced, nn.Module):
             _take_over(replaced, memo[id(replaced)], memo, dropped=donor.dropped)

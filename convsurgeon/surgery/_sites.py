@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
@@ -14,7 +16,7 @@ from torch.utils import _pytree as pytree
 from convsurgeon import ops
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import ConvSpec, Pair
-from convsurgeon.surgery._donors import Donor, find_donor, type_name
+from convsurgeon.surgery._donors import Donor, find_donor, has_op_for_kernel, type_name
 
 _REGISTRIES = frozenset(vars(nn.Module()))
 
@@ -87,13 +89,19 @@ def walk(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
             continue
         if isinstance(module, AbstractCheapConv):
             hidden = (*hidden, f"{fqn}." if fqn else "")
-        stands_inside = isinstance(module._modules.get("weight"), AbstractCheapConv)
-        if isinstance(module, (AbstractCheapConv, _ConvNd)) and not stands_inside:
+        if is_convolution(module) and not has_op_for_kernel(module):
             names.setdefault(module, []).append(fqn)
     for module, fqns in names.items():
         yield module, tuple(fqns)
     for module, fqn in _unregistered(model, set(model.modules())):
         yield module, (fqn,)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a convolution of any kind, an op, or one that TorchScript has compiled."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return bool(re.fullmatch(r"Conv(Transpose)?[123]d", str(module.original_name)))
+    return isinstance(module, (AbstractCheapConv, _ConvNd))
 
 
 def _unregistered(model: nn.Module, known: set[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
@@ -110,7 +118,7 @@ def _unregistered(model: nn.Module, known: set[nn.Module]) -> Iterator[tuple[nn.
                     for inner, part in leaf.named_modules():
                         is_new = part not in known
                         known.add(part)
-                        if is_new and isinstance(part, (AbstractCheapConv, _ConvNd)):
+                        if is_new and is_convolution(part):
                             where = f"{owner}.{name}{pytree.keystr(path)}".lstrip(".")
                             yield part, f"{where}.{inner}".rstrip(".")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -14,6 +16,7 @@ from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import Pair
 from convsurgeon.surgery._calls import Use, Watch
 from convsurgeon.surgery._copies import ExampleInputs, call, shadow
+from convsurgeon.surgery._examples import generated_inputs
 from convsurgeon.surgery._functional import Finding, Names, functional_sites, read_by_others
 from convsurgeon.surgery._graph import GraphFacts, read_graphs
 from convsurgeon.surgery._outputs import Leaf, describe_output
@@ -69,9 +72,13 @@ def look(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Survey
     run = _observe(copied, Names(copied), example_inputs) if example_inputs is not None else None
     names = Names(copied)
     graphs = read_graphs(copied, names)
-    findings = [*graphs.findings, *(run.findings if run is not None else [])]
+    # what a trial tells is who is called in which order; its sizes are not the caller's
+    seen = run or (_try_out(model) if graphs.untraced else None)
+    findings = [*graphs.findings, *(seen.findings if seen is not None else [])]
+    if run is None:
+        findings = [replace(finding, input_size=None) for finding in findings]
     reads = read_by_others(findings, names)
-    order = run.order if run is not None and run.order else graphs.order
+    order = seen.order if seen is not None and seen.order else graphs.order
     first = order[0] if order else _first_in_module_order(model)
     sites = [_complete(_with_readers(site, reads), graphs, run, first) for site in modules]
     mine = {fqn for site in sites for fqn in site.fqns}
@@ -79,6 +86,15 @@ def look(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Survey
     sites += [_complete(site, graphs, None, first) for site in functional]
     found = Survey(type(model).__name__, tuple(sites), tuple(graphs.untraced), observed=run is not None)
     return found, None if run is None else run.output
+
+
+def _try_out(model: nn.Module) -> _Run | None:
+    """Return what a run on a generated image shows, where tracing failed and no input is given."""
+    for image in generated_inputs(model):
+        copied = shadow(model)
+        with contextlib.suppress(SurveyError):  # then it takes no such image
+            return _observe(copied, Names(copied), image)
+    return None
 
 
 @dataclass
@@ -107,6 +123,7 @@ def _observe(model: nn.Module, names: Names, example_inputs: ExampleInputs) -> _
         # before an op's own padding
         module.register_forward_pre_hook(note(fqns[0]), with_kwargs=True, prepend=True)
         for module, fqns in sites
+        if not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
     ]
     inside = tuple(f"{fqns[0]}." for module, fqns in sites if isinstance(module, AbstractCheapConv))
     for fqn, module in model.named_modules():
