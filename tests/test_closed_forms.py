@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from convsurgeon import ops
+from convsurgeon import ops, rewrite
 from convsurgeon.errors import OptionError, UnsupportedConvError
-from convsurgeon.factorization import fixed_taps, highest_energy_taps, low_rank, one_hot_kernel, rank_one
+from convsurgeon.factorization import _blocks, fixed_taps, highest_energy_taps, low_rank, one_hot_kernel, rank_one
 from convsurgeon.spec import ConvSpec
 from convsurgeon.testing import accepts, make_donor, sample_cases
 
@@ -339,3 +340,142 @@ def test_a_kernel_of_zeros_gives_an_op_of_zeros_that_can_learn():
         assert not cheap.as_dense().any()
         cheap(torch.randn(1, 4, 5, 5, dtype=torch.float64)).sum().backward()
         assert any(parameter.grad.any() for parameter in cheap.parameters())
+
+
+# --- numbers that no kernel is closest to
+
+
+@pytest.mark.parametrize("name", ops.names())
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_weight_that_is_not_finite_is_refused_in_one_line(name, bad, dtype):
+    donor = make_donor(ConvSpec(6, 8, (3, 3))).to(dtype)
+    with torch.no_grad():
+        donor.weight[3, 2, 1, 1] = bad
+    with pytest.raises(UnsupportedConvError, match=r"its weight holds NaN or infinite numbers.*keep this") as caught:
+        ops.get(name).from_conv(donor)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_convolution_whose_weight_is_not_finite_is_named():
+    model = torch.nn.Sequential(*[make_donor(ConvSpec(8, 8, (3, 3))) for _ in range(3)])
+    with torch.no_grad():
+        model[1].weight[0] = float("nan")
+    with pytest.raises(UnsupportedConvError, match=r"^1: .*its weight holds NaN"):
+        rewrite(model, "depthwise")
+    assert rewrite(model, "depthwise", keep="1")[1].weight.isnan().any()
+
+
+def test_taps_that_are_not_chosen_by_the_weight_take_what_stands_there():
+    donor = make_donor(ConvSpec(4, 4, (3, 3)))
+    with torch.no_grad():
+        donor.weight[1, 1] = float("nan")
+    kept = ops.get("shift").from_conv(donor, {"assignment": "fixed"}).pointwise.weight
+    assert kept.isnan().sum() == 1
+    assert kept[1, 1].isnan()
+
+
+# --- how it is computed
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(7, 40, 9), (7, 9, 40), (3, 20, 20), (300, 4)])
+@pytest.mark.parametrize("size", [1, 50, 100, 1000])
+def test_blocks_of_any_size_give_the_same(shape, dtype, size, monkeypatch):
+    matrices = random(*shape, dtype=dtype)
+    for tensor in (matrices, matrices.mT.contiguous().mT, matrices.movedim(0, -1).contiguous().movedim(-1, 0)):
+        expected = low_rank(tensor, 3)
+        with monkeypatch.context() as patched:
+            patched.setattr(_blocks, "BLOCK", size)
+            torch.testing.assert_close(low_rank(tensor, 3), expected)
+
+
+@pytest.mark.parametrize("size", [1, 50, 10_000])
+def test_taps_do_not_depend_on_blocks(size, monkeypatch):
+    weight = random(11, 13, 3, 3, dtype=torch.float32)
+    expected = weight.double().square().sum(0).flatten(1).argmax(1)
+    monkeypatch.setattr(_blocks, "BLOCK", size)
+    assert torch.equal(highest_energy_taps(weight), expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 30, 9), (5, 9, 30), (64, 7)])
+def test_signs_are_settled(shape):
+    matrices = random(*shape)
+    left, right = low_rank(matrices, 4)
+    short = left if shape[-2] < shape[-1] else right.mT
+    largest = short.gather(-2, short.abs().argmax(-2, keepdim=True))
+    assert (largest > 0).all()
+    # whatever sign LAPACK happens to give, and whatever else is in the batch
+    mirrored = low_rank(-matrices, 4)
+    torch.testing.assert_close(mirrored, (left if short is left else -left, -right if short is left else right))
+    if matrices.dim() == 3:
+        torch.testing.assert_close(low_rank(matrices[2:3], 4), (left[2:3], right[2:3]))
+
+
+def test_of_equally_large_entries_the_first_is_positive():
+    edge = torch.tensor([[-1.0, 0, 1 + 1e-7], [-2, 0, 2], [-1, 0, 1], [0.5, 0, -0.5]])
+    assert rank_one(edge)[1][0] > 0
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e200, 1e300])
+def test_float64_kernels_may_be_larger_than_the_square_root_of_what_float64_holds(scale):
+    matrix = random(6, 4, seed=4)
+    left, right = low_rank(matrix * scale, 4)
+    torch.testing.assert_close(left @ right / scale, matrix)
+    weight = random(5, 6, 3, 3)
+    assert torch.equal(highest_energy_taps(weight * scale), highest_energy_taps(weight))
+
+
+def test_small_components_of_a_float32_kernel_survive():
+    """In float32 the squares of the small ones would drown in the rounding of the largest."""
+    u, v = torch.linalg.qr(random(2, 40, 3)).Q, torch.linalg.qr(random(2, 9, 3, seed=1)).Q
+    matrices = (u @ torch.diag(torch.tensor([1, 1e-3, 1e-5], dtype=torch.float64)) @ v.mT).float()
+    left, right = low_rank(matrices, 3)
+    error = (left.double() @ right.double() - matrices.double()).norm(dim=(-2, -1))
+    assert error.max() < 3e-7
+    gram = torch.linalg.eigh(matrices.mT @ matrices)[1][..., -3:]
+    assert (matrices @ gram @ gram.mT - matrices).norm(dim=(-2, -1)).max() > 3e-6
+
+
+def test_the_rounding_that_the_user_allows_in_his_network_is_not_allowed_here():
+    matrices = random(3, 50, 9, dtype=torch.float32)
+    expected = low_rank(matrices, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(low_rank(matrices, 2), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kernel_is_not_touched(dtype):
+    matrices = random(3, 50, 9, dtype=dtype)
+    before = matrices.clone()
+    low_rank(matrices, 12)
+    low_rank(matrices.mT * 1e200 if dtype == torch.float64 else matrices.mT, 2)
+    assert torch.equal(matrices, before)
+    assert matrices._version == 0
+
+
+class LargestDouble(TorchDispatchMode):
+    """Sees how many numbers the largest float64 tensor has that something makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
+                self.numbers = max(self.numbers, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("name", ops.names())
+def test_no_float64_copy_of_a_large_kernel_is_made(name, monkeypatch):
+    monkeypatch.setattr(_blocks, "BLOCK", 2000)
+    donor = make_donor(ConvSpec(64, 64, (3, 3))).float()
+    with LargestDouble() as seen:
+        ops.get(name).from_conv(donor)
+    # a block, or one matrix of squares where that is more
+    assert 0 < seen.numbers <= 64 * 64 < donor.weight.numel() / 8

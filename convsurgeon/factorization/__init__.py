@@ -1,6 +1,6 @@
 """Dense kernels taken apart: pure functions on tensors, closed forms only.
 
-Everything is computed in float64 and handed back in the dtype of what came in.
+Everything is computed in float64, block by block, and handed back in the dtype of what came in.
 """
 
 from convsurgeon.factorization._low_rank import low_rank, rank_one

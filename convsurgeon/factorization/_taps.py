@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from convsurgeon.factorization._blocks import Blocks, power_of_two, refuse_unless_finite
+
 # Positions are numbered row by row: tap = row * kernel_width + column.
 
 
@@ -18,8 +20,16 @@ def highest_energy_taps(weight_OIHW: Tensor) -> Tensor:
     Shape:
         - weight_OIHW: `(O, I, kh, kw)`
         - result: `(I,)`, int64, values in `0 .. kh * kw - 1`
+
+    Raises:
+        UnsupportedConvError: if a number is NaN or infinite.
     """
-    return weight_OIHW.double().flatten(2).square().sum(dim=0).argmax(dim=1)
+    weight_OIK = weight_OIHW.flatten(2)
+    energy_IK = torch.zeros(weight_OIK.shape[1:], dtype=torch.float64, device=weight_OIK.device)
+    for _, channels, block in Blocks(weight_OIK, power_of_two(weight_OIK)):
+        energy_IK[channels] += block.square().sum(dim=0)
+    refuse_unless_finite(energy_IK)
+    return energy_IK.argmax(dim=1)
 
 
 def fixed_taps(channels: int, kernel_height: int, kernel_width: int) -> Tensor:

@@ -104,6 +104,12 @@ class AbstractCheapConv(nn.Module, ABC):
         bias: Tensor | None = getattr(self, self.last).bias
         return bias
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the image as `input`, too: so is it called in `nn.Conv2d`."""
+        if "input" in kwargs:
+            args = (kwargs.pop("input"), *args)
+        return super().__call__(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         """Find `weight` too, if the op has none of its own: the dense kernel it equals, as model code expects.
 

@@ -6,6 +6,7 @@ import math
 import reprlib
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from convsurgeon.spec import ConvSpec
@@ -98,6 +99,7 @@ def parse_spec(data: Any) -> ConvSpec:
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"spec must be an object, got {shown(data)}")
+    expect_keys(data, tuple(entry.name for entry in fields(ConvSpec)), what="a spec")
     spec = ConvSpec.from_dict(data)
     for name, least in _LEAST.items():
         value = getattr(spec, name)

@@ -131,7 +131,7 @@ def _carry_out(model: nn.Module, the_plan: Plan, *, initialize: bool) -> nn.Modu
 def _find_donors(model: nn.Module, the_plan: Plan) -> list[tuple[Decision, Donor, nn.Module | Tensor]]:
     """Return, for each decision to convert, what the op starts from and what it takes the place of."""
     modules = {fqns: module for module, fqns in walk(model)}
-    tied = shared_weights(model)
+    tied, registered = shared_weights(model), set(model.modules())
     by_name = {fqn: fqns for fqns in modules for fqn in fqns}
     kernels = Names(model)
     replacements: list[tuple[Decision, Donor, nn.Module | Tensor]] = []
@@ -150,15 +150,19 @@ def _find_donors(model: nn.Module, the_plan: Plan) -> list[tuple[Decision, Donor
                 f"{type(model).__name__} has no such convolution; make a plan for this model"
             )
         if decision.op is not None:
-            replacements.append((decision, _module_donor(decision, modules[fqns], fqns, tied), modules[fqns]))
+            replacements.append(
+                (decision, _module_donor(decision, modules[fqns], tied, registered=registered), modules[fqns])
+            )
     return replacements
 
 
-def _module_donor(decision: Decision, module: nn.Module, fqns: tuple[str, ...], tied: dict[int, str]) -> Donor:
+def _module_donor(decision: Decision, module: nn.Module, tied: dict[int, str], *, registered: set[nn.Module]) -> Donor:
     if not isinstance(module, nn.Conv2d):
         raise PlanError(f"{decision.fqn} is a {type(module).__name__}; only a Conv2d can become {decision.op}")
     donor = find_donor(module)
-    obstacle = donor if isinstance(donor, str) else describe(module, fqns, tied, donor=donor).obstacle
+    obstacle = donor if isinstance(donor, str) else None
+    if obstacle is None:
+        obstacle = describe(module, decision.fqns, tied, registered=module in registered, donor=donor).obstacle
     if obstacle is not None or isinstance(donor, str):
         raise PlanError(f"{decision.fqn} cannot become {decision.op}: {obstacle}")
     _check_geometry(decision, donor.spec)

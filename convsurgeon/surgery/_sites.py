@@ -132,11 +132,17 @@ def _may_hold_modules(value: Any) -> bool:
 
 
 def describe(
-    module: nn.Module, fqns: tuple[str, ...], tied: dict[int, str], *, donor: Donor | str | None = None
+    module: nn.Module,
+    fqns: tuple[str, ...],
+    tied: dict[int, str],
+    *,
+    registered: bool = True,
+    donor: Donor | str | None = None,
 ) -> Site:
     """Return the site of one convolution as far as the module itself tells it.
 
     Args:
+        registered: whether the model has it as a submodule, and not only in a plain list.
         donor: what `find_donor` returned for it, where that is known.
     """
     if isinstance(module, AbstractCheapConv):
@@ -149,7 +155,7 @@ def describe(
     if donor.inside:
         fqns = tuple(f"{fqn}.weight".lstrip(".") for fqn in fqns)
     obstacle = _tie(module, tied)
-    if obstacle is None and any("[" in fqn for fqn in fqns):
+    if obstacle is None and not registered:
         obstacle = (
             "only a plain list or dict holds it, so its weights are in no state dict; "
             "hold it in an nn.ModuleList or nn.ModuleDict"

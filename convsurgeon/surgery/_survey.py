@@ -67,7 +67,8 @@ def survey(model: nn.Module, *, example_inputs: ExampleInputs | None = None) -> 
 def look(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Survey, list[Leaf] | None]:
     """Return the survey, and what came out of the run on the example input, so that none is run twice."""
     tied = shared_weights(model)
-    modules = [describe(module, fqns, tied) for module, fqns in walk(model)]
+    registered = set(model.modules())
+    modules = [describe(module, fqns, tied, registered=module in registered) for module, fqns in walk(model)]
     copied = shadow(model)
     run = _observe(copied, Names(copied), example_inputs) if example_inputs is not None else None
     names = Names(copied)
@@ -134,7 +135,12 @@ def _observe(model: nn.Module, names: Names, example_inputs: ExampleInputs) -> _
         kernel = names.first(use.tensor)
         if not names.is_own(use):
             order.append(kernel or f"{use.function}()")
-        elif kernel is not None and use.input_size is not None:
+            return
+        assert use.owner is not None
+        owner = names.modules.get(use.owner)
+        if owner is not None and order[-1:] != [owner]:
+            order.append(owner)  # its forward was called, not itself
+        if kernel is not None and use.input_size is not None:
             sizes[kernel] = (*sizes.get(kernel, ()), use.input_size)
 
     watch = Watch(names.kernels, on_convolution=note_functional)
@@ -169,7 +175,9 @@ def _complete(site: Site, graphs: GraphFacts, run: _Run | None, first: str | Non
             break
     if run is not None:
         facts["calls"] = sum(run.order.count(fqn) for fqn in fqns)
-        facts["input_sizes"] = tuple(size for fqn in site.fqns for size in run.sizes.get(fqn, ()))
+        by_name = tuple(size for fqn in site.fqns for size in run.sizes.get(fqn, ()))
+        by_kernel = tuple(size for fqn in site.fqns for size in run.sizes.get(f"{fqn}.weight".lstrip("."), ()))
+        facts["input_sizes"] = by_name or by_kernel
         routes += ["observed"] if facts["calls"] else []
     narrow = site.spec is not None and site.spec.in_channels <= _STEM_CHANNELS
     facts["stem"] = narrow and (facts.get("stem", False) or first in fqns)
