@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
 from convsurgeon.ops import TENSOR_METADATA
@@ -23,6 +24,7 @@ CONVOLUTIONS = {
     torch.conv_transpose1d: "conv_transpose1d",
     torch.conv_transpose2d: "conv_transpose2d",
     torch.conv_transpose3d: "conv_transpose3d",
+    torch.convolution: "convolution",
 }
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 # what an op answers, too, where it stands for a kernel
@@ -88,24 +90,44 @@ class Watch(TorchFunctionMode):
             if isinstance(kernel, Tensor):  # else an op stands there
                 self.convolutions.append(self._describe(func, arguments))
                 self.on_convolution(self.convolutions[-1])
-        for value in (*args, *kwargs.values()):
-            for tensor in value if isinstance(value, (tuple, list)) else (value,):
-                if id(tensor) in self.watched and tensor is not kernel and not is_metadata(func):
-                    owner, where = caller()
-                    self.others.append(Use(name_of(func), owner, where, tensor, is_convolution=False))
+        for tensor in _arguments(args, kwargs):
+            if id(tensor) in self.watched and tensor is not kernel and not is_metadata(func):
+                found = caller()
+                self.others.append(Use(name_of(func), found.owner, found.where, tensor, is_convolution=False))
         return func(*args, **kwargs)
 
     def _describe(self, func: Any, arguments: Mapping[str, Any]) -> Use:
-        owner, where = caller()
+        found = caller()
         weight, x = arguments["weight"], arguments["input"]
         tensor = self.watched.get(id(weight))
         if func is not torch.conv2d:
-            return Use(CONVOLUTIONS[func], owner, where, tensor)
+            return Use(CONVOLUTIONS[func], found.owner, found.where, tensor)
         spec, problem = spec_of(weight.shape, arguments)
         size = (int(x.shape[-2]), int(x.shape[-1]))
-        if tensor is None:
+        if found.in_autograd_function:
+            problem = "it runs inside an autograd.Function, whose backward is not known"
+        elif tensor is None:
             problem = "its kernel is computed when it runs"
-        return Use("conv2d", owner, where, tensor, spec, problem, size)
+        return Use("conv2d", found.owner, found.where, tensor, spec, problem, size)
+
+
+class Strangers(TorchFunctionMode):
+    """Notes whether anything is computed with one of the given tensors while it is entered.
+
+    Args:
+        names: the tensors' names, by their ids.
+    """
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.met: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        for tensor in _arguments(args, kwargs or {}):
+            if id(tensor) in self.names and not is_metadata(func):
+                self.met = self.met or self.names[id(tensor)]
+        return func(*args, **(kwargs or {}))
 
 
 class Recorder(TorchFunctionMode):
@@ -122,6 +144,11 @@ class Recorder(TorchFunctionMode):
             # an activation in place would change both
             self.calls.append(Call({**arguments, "input": arguments["input"].clone()}, out.clone()))
         return out
+
+
+def _arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    for value in (*args, *kwargs.values()):
+        yield from value if isinstance(value, (tuple, list)) else (value,)
 
 
 def bind(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,15 +183,25 @@ def name_of(func: Any) -> str:
     return str(getattr(func, "__self__", func)) if name == "__get__" else name.strip("_")
 
 
-def caller() -> tuple[nn.Module | None, str]:
-    """Return the module whose forward is running, and the line outside of torch that it is at."""
+class Caller(NamedTuple):
+    """Who runs: the module whose forward it is, the line outside of torch, and what stands between the two."""
+
+    owner: nn.Module | None
+    where: str
+    in_autograd_function: bool
+
+
+def caller() -> Caller:
+    """Return who is running, as the frames of this thread tell."""
     where, frame = "", inspect.currentframe()
     owner: nn.Module | None = None
+    in_function = False
     while frame is not None and owner is None:
         code: types.CodeType = frame.f_code
         if not where and not code.co_filename.startswith(_LIBRARY):
             where = f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"
-        candidate = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        owner = candidate if isinstance(candidate, nn.Module) else None
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        owner = first if isinstance(first, nn.Module) else None
+        in_function = in_function or isinstance(first, FunctionCtx)
         frame = frame.f_back
-    return owner, where
+    return Caller(owner, where, in_function)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -87,7 +88,11 @@ def call(
         watch: what is entered round the run.
     """
     inputs = pytree.tree_map_only(Tensor, torch.clone, example_inputs)
-    with torch.no_grad(), untouched_random_state(), watch or contextlib.nullcontext():
+    # a compiled model would compile the watch, too
+    eager: Any = (
+        torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    )
+    with torch.no_grad(), untouched_random_state(), eager, watch or contextlib.nullcontext():
         if isinstance(inputs, tuple):
             return model(*inputs)
         if isinstance(inputs, dict):

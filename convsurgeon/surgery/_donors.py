@@ -121,14 +121,13 @@ def _probe(module: nn.Conv2d) -> Donor:
         return _inside(module, copied, [*runs, train_run], what)
     spec = _spec(runs[0][1], padding)
     if not direct and not how:
-        how = f"started from the kernel that {type_name(module)} computes from its weight"
+        how = f"started from the kernel that {type_name(module)} computes"
     notes = [note for note in (how, "pads as TensorFlow does" if spec.pads_by_size else None) if note]
     own_bias = bias is copied._parameters.get("bias")
-    own_weight = _as_parameter(module.weight if direct else weight, module)
-    conv_bias = module.bias if own_bias else bias
-    conv = plain_convolution(
-        spec, own_weight, None if conv_bias is None else _as_parameter(conv_bias, module), training=module.training
-    )
+    own_weight = _as_parameter(module.weight if direct else weight, module, "weight")
+    found_bias = module.bias if own_bias else bias
+    bias_of_its_own = None if found_bias is None else _as_parameter(found_bias, module, "bias")
+    conv = plain_convolution(spec, own_weight, bias_of_its_own, training=module.training)
     dropped = {"forward", "_conv_forward", *(() if direct and own_bias else _ingredients(module))}
     return Donor(conv, spec, "; ".join(notes) or None, dropped=frozenset(dropped))
 
@@ -213,14 +212,14 @@ def plain_convolution(spec: ConvSpec, weight: Tensor, bias: Tensor | None = None
     return conv.train(training)
 
 
-def _as_parameter(tensor: Tensor, module: nn.Module) -> nn.Parameter:
-    """Return what was computed from a module's parameters as one, trained if they are."""
+def _as_parameter(tensor: Tensor, module: nn.Module, name: str) -> nn.Parameter:
+    """Return what was computed from a module's parameters as one, trained if those of that name are."""
     if isinstance(tensor, nn.Parameter):
         return tensor
-    parameters = list(module.parameters())
-    trained = any(parameter.requires_grad for parameter in parameters)
-    device = parameters[0].device if parameters else tensor.device
-    return nn.Parameter(tensor.detach().to(device), requires_grad=trained)
+    mine = [p for fqn, p in module.named_parameters() if ("bias" in fqn) == (name == "bias")]
+    tensors = (*module.parameters(), *module.buffers())
+    device = tensors[0].device if tensors else tensor.device
+    return nn.Parameter(tensor.detach().to(device), requires_grad=any(p.requires_grad for p in mine))
 
 
 def _bare_copy(module: nn.Conv2d) -> nn.Conv2d:

@@ -104,7 +104,11 @@ def read_by_others(findings: Iterable[Finding], names: Names) -> dict[str, str]:
 def functional_sites(findings: Sequence[Finding], names: Names) -> list[Site]:
     """Return a site for every functional convolution: one per kernel, or per line where it has no name."""
     groups: dict[tuple[str, ...], list[Finding]] = {}
+    # a run sees a kernel that was cast as one without a name; the graph knows where it came from
+    named = {(f.function, f.where): f.kernel for f in findings if f.kernel and f.is_convolution}
     for finding in findings:
+        if finding.is_convolution and finding.kernel is None:
+            finding = replace(finding, kernel=named.get((finding.function, finding.where)))
         if finding.is_convolution and names.convolution_of(finding.kernel) is None:
             unnamed = (finding.owner, finding.function, finding.where)
             groups.setdefault((finding.kernel,) if finding.kernel else unnamed, []).append(finding)
@@ -137,6 +141,8 @@ def _obstacle(group: list[Finding], others: list[Finding], names: Names) -> str 
     problems = [finding for finding in group if finding.problem or finding.function != "conv2d"]
     # a graph knows more than a run of why a kernel is no constant
     for finding in sorted(problems, key=lambda finding: finding.route != "fx"):
+        if finding.function == "convolution":
+            return "torch.convolution is not understood; call torch.conv2d"
         return finding.problem or f"F.{finding.function} is not a Conv2d"
     first = group[0]
     if others:

@@ -22,6 +22,7 @@ from convsurgeon.surgery._copies import untouched_random_state
 from convsurgeon.surgery._functional import Finding, Names
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "detach"}
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 _WEIGHTED = (_ConvNd, nn.Linear, AbstractCheapConv)
 
@@ -54,7 +55,7 @@ class SiteTracer(fx.Tracer):
         """Note who makes a functional convolution, and where: a traceback for every node would be slow."""
         node = super().create_node(kind, target, *args, **kwargs)
         if kind == "call_function" and target in CONVOLUTIONS:
-            node.meta["source_owner"], node.meta["source_line"] = caller()
+            node.meta["source"] = caller()
         return node
 
 
@@ -77,8 +78,8 @@ def read_graphs(model: nn.Module, names: Names) -> GraphFacts:
         for node in graph.nodes:
             if node.op == "call_module" and isinstance(module.get_submodule(node.target), _WEIGHTED):
                 called[node] = f"{fqn}.{node.target}".lstrip(".")
-            elif node.op == "call_function" and isinstance(node.meta.get("source_owner"), _WEIGHTED):
-                called[node] = names.modules[node.meta["source_owner"]]  # its forward was called, not itself
+            elif node.op == "call_function" and _by_itself(node):
+                called[node] = names.modules[node.meta["source"].owner]  # its forward was called, not itself
             elif node.op == "call_function" and node.target in CONVOLUTIONS:
                 finding = _functional(node, module, fqn, names)
                 if finding is not None:
@@ -113,12 +114,15 @@ def _functional(node: fx.Node, region: nn.Module, fqn: str, names: Names) -> Fin
     """Return what a graph tells about a functional convolution; None if it is an op that was put there."""
     arguments = bind(node.args, node.kwargs)
     weight = arguments.get("weight")
-    found = Finding(CONVOLUTIONS[node.target], _owner(node, fqn), node.meta["source_line"], "fx")  # type: ignore[index]
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-        problem = "its kernel is computed from its parameters when it runs"
-        if not isinstance(weight, fx.Node) or _depends_on_input(weight):
-            problem = "its kernel is computed from the input"
-        return replace(found, problem=problem)
+    where = node.meta["source"].where
+    found = Finding(CONVOLUTIONS[node.target], _owner(node, fqn), where, "fx")  # type: ignore[index]
+    if not isinstance(weight, fx.Node):
+        return replace(found, problem="its kernel is computed when it runs")
+    source, passes = _before_casts(weight)
+    if source.op != "get_attr":
+        reason = "the input" if _depends_on_input(weight) else "its parameters when it runs"
+        return replace(found, problem=f"its kernel is computed from {reason}")
+    weight = source
     tensor = _attribute(region, str(weight.target))
     if isinstance(tensor, AbstractCheapConv):
         return None
@@ -128,6 +132,8 @@ def _functional(node: fx.Node, region: nn.Module, fqn: str, names: Names) -> Fin
     if tensor.dim() != 4 or found.function != "conv2d":
         return replace(found, kernel=kernel)
     spec, obstacle = spec_of(tensor.shape, arguments)
+    if passes:
+        obstacle = f"its kernel passes through {passes[0]} before the convolution"
     return replace(found, kernel=kernel, spec=spec, problem=obstacle, facts=_facts(node, region, prefix=fqn))
 
 
@@ -142,13 +148,25 @@ def _reads(node: fx.Node, fqn: str, names: Names) -> list[Finding]:
     for user in node.users:
         is_conv = user.op == "call_function" and user.target in CONVOLUTIONS
         as_kernel = is_conv and bind(user.args, user.kwargs).get("weight") is node
-        by_itself = isinstance(user.meta.get("source_owner"), _WEIGHTED)
-        if (as_kernel and (by_itself or not owned)) or _looks_only(user):
+        if user.op == "call_method" and user.target in _CASTS and _all_lead_to_kernels(user):
+            continue  # the convolution says so itself
+        if (as_kernel and (_by_itself(user) or not owned)) or _looks_only(user):
             continue
         function = str(getattr(user.target, "__name__", user.target))
-        where = str(user.meta.get("source_line", ""))
+        where = user.meta["source"].where if "source" in user.meta else ""
         found.append(Finding(function, _owner(user, fqn), where, "fx", name, is_convolution=False))
     return found
+
+
+def _all_lead_to_kernels(node: fx.Node) -> bool:
+    """Whether a cast kernel is used as a kernel, and for nothing else."""
+    for user in node.users:
+        is_conv = user.op == "call_function" and user.target in CONVOLUTIONS
+        as_kernel = is_conv and bind(user.args, user.kwargs).get("weight") is node
+        casts = user.op == "call_method" and user.target in _CASTS
+        if not as_kernel and not (casts and _all_lead_to_kernels(user)):
+            return False
+    return bool(node.users)
 
 
 def _looks_only(node: fx.Node) -> bool:
@@ -158,10 +176,26 @@ def _looks_only(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target in METHODS
 
 
+def _by_itself(node: fx.Node) -> bool:
+    """Whether a convolution module makes the call, since its forward was called and not itself."""
+    return "source" in node.meta and isinstance(node.meta["source"].owner, _WEIGHTED)
+
+
+def _before_casts(node: fx.Node) -> tuple[fx.Node, list[str]]:
+    """Return what a kernel was before it was cast or moved, and the methods that did so."""
+    passes: list[str] = []
+    while node.op == "call_method" and node.target in _CASTS and isinstance(node.args[0], fx.Node):
+        passes.append(str(node.target))
+        node = node.args[0]
+    return node, passes
+
+
 def _depends_on_input(node: fx.Node) -> bool:
     waiting, seen = [node], set()
     while waiting:
         current = waiting.pop()
+        if _looks_only(current):
+            continue
         if current.op in ("placeholder", "call_module"):
             return True
         seen.add(current)

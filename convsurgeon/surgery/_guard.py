@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 from convsurgeon.errors import GuardError, SurveyError, one_line
+from convsurgeon.ops import AbstractCheapConv
+from convsurgeon.surgery._calls import Strangers
 from convsurgeon.surgery._copies import ExampleInputs, call, copy_module, shadow
 from convsurgeon.surgery._examples import at_least_two, generated_inputs
+from convsurgeon.surgery._graph import trace
 from convsurgeon.surgery._outputs import Leaf, describe_output
 from convsurgeon.surgery._survey import describe_inputs
 
@@ -24,11 +27,14 @@ class GuardReport:
     Args:
         inputs: the input, in words; None if none was given and none was found that the model takes.
         data_dependent: sizes that depend on the data, and so were left out.
+        not_called: ops that the student did not call, where the model called the convolution: control flow
+            on values may turn another way.
         not_trained: why train mode was not compared, or None if it was.
     """
 
     inputs: str | None
     data_dependent: tuple[str, ...] = ()
+    not_called: tuple[str, ...] = ()
     not_trained: str | None = None
 
     def __str__(self) -> str:
@@ -40,6 +46,8 @@ class GuardReport:
             parts.append(f"train mode was not compared: {self.not_trained}")
         if self.data_dependent:
             parts.append(f"left out, since they depend on the data: {', '.join(self.data_dependent)}")
+        if self.not_called:
+            parts.append(f"not called in the student, which took another way: {', '.join(self.not_called)}")
         return "; ".join(parts)
 
 
@@ -80,10 +88,12 @@ def compare_outputs(
         not_trained = f"the model itself does not run that way: {one_line(error)}"
     del teacher
     copied = shadow(student)
+    calls = note_calls(copied)
     loose = _compare(copied, model, inputs, expected, what=what, training=False)
+    not_called = _not_called(model, calls, inputs)
     if expected_in_training is not None:
         loose += _compare(copied, model, batch, expected_in_training, what=f"{what}, in train mode", training=True)
-    return GuardReport(what, tuple(dict.fromkeys(loose)), not_trained)
+    return GuardReport(what, tuple(dict.fromkeys(loose)), not_called, not_trained)
 
 
 def _run_teacher(
@@ -107,14 +117,21 @@ def _compare(
     student: nn.Module, model: nn.Module, inputs: ExampleInputs, expected: list[Leaf], *, what: str, training: bool
 ) -> list[str]:
     """Return the sizes that depend on the data; whatever else differs is raised."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    strangers = Strangers({id(tensor): name for name, tensor in tensors})
     try:
-        got = describe_output(call(student.train(training), inputs))
+        got = describe_output(call(student.train(training), inputs, strangers))
     except Exception as error:
         where = _first_difference(model, student, inputs, training=training)
         raise GuardError(
             f"the student fails on the example input {what}, which {type(model).__name__} takes: "
             f"{one_line(error)}{where}"
         ) from error
+    if strangers.met is not None:
+        raise GuardError(
+            f"the student still computes with {strangers.met} of the model itself: a closure, a weak reference or a "
+            "hook leads there, which no copy can follow; keep the module in an attribute, and call that"
+        )
     if got == expected:
         return []
     variants = _variants(model, inputs, expected, training=training)
@@ -137,6 +154,59 @@ def _compare(
             where = _first_difference(model, student, inputs, training=training)
             raise GuardError(f"the student's output{want.path} {problem} on the example input {what}{where}")
     return loose
+
+
+def note_calls(student: nn.Module) -> dict[str, bool]:
+    """Return, for every op of a student by its name, whether it was called; it changes as the student runs."""
+    called: dict[str, bool] = {}
+
+    def note(fqn: str) -> Any:
+        return lambda module, args: called.__setitem__(fqn, True)
+
+    for fqn, module in student.named_modules():
+        if isinstance(module, AbstractCheapConv):
+            called[fqn] = False
+            for part in module.modules():  # its forward may be called, not itself
+                part.register_forward_pre_hook(note(fqn))
+    return called
+
+
+def _not_called(model: nn.Module, calls: dict[str, bool], inputs: ExampleInputs) -> tuple[str, ...]:
+    """Return the ops that a student passes by where the model calls the convolution.
+
+    Raises:
+        GuardError: if it calls none of its ops, or has no control flow that could explain it.
+    """
+    missed = [fqn for fqn, called in calls.items() if not called]
+    if not missed:
+        return ()
+    teacher = shadow(model)
+    convolutions = dict(teacher.named_modules())
+    ran: set[str] = set()
+
+    def note(fqn: str) -> Any:
+        return lambda module, args: ran.add(fqn)
+
+    for fqn in missed:
+        for name in (fqn, fqn.removesuffix(".weight")):
+            if isinstance(convolutions.get(name), nn.Conv2d):
+                convolutions[name].register_forward_pre_hook(note(fqn))
+    call(teacher, inputs)
+    lost = tuple(fqn for fqn in missed if fqn in ran)
+    if lost and (not any(calls.values()) or _is_traceable(shadow(model))):
+        raise GuardError(
+            f"the student passes by {lost[0] or '(root)'}, which {type(model).__name__} calls: its forward asks what "
+            "its layers are, and an op is no nn.Conv2d; call the layers whatever they are"
+        )
+    return lost
+
+
+def _is_traceable(model: nn.Module) -> bool:
+    try:
+        trace(model)
+    except Exception:
+        return False
+    return True
 
 
 def _kinds(leaves: Sequence[Leaf]) -> list[tuple[str, str]]:
