@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format docs clean
+.PHONY: demo test test-slow lint format docs sweep clean
 
 demo: $(STAMP)
 	$(BIN)/convsurgeon demo
@@ -28,6 +28,9 @@ format: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/pip install --quiet -e ".[docs]"
 	$(BIN)/mkdocs build --strict
+
+sweep: $(STAMP)
+	$(BIN)/python docs/benchmarks/sweep
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("convsurgeon needs Python 3.11 or newer; use make PYTHON=python3.11") if sys.version_info < (3, 11) else None'

@@ -1,0 +1,1 @@
+"""The sweep: every model of torchvision and timm through survey, plan, rewrite and the shape guard."""
