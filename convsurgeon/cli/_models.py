@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convsurgeon.cli._drawing import say
-from convsurgeon.errors import DataError, ModelError, OptionError, PlanError, one_line
+from convsurgeon.errors import DataError, ModelError, OptionError, one_line
 from convsurgeon.options import parse_pairs
 from convsurgeon.progress import Progress
 
@@ -82,16 +82,9 @@ def read_plan(path: Path) -> Plan:
     Raises:
         PlanError: naming the file.
     """
-    from convsurgeon.surgery import Plan
+    from convsurgeon.storage import read_plan as read
 
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"cannot read the plan {path}: {error}") from error
-    try:
-        return Plan.from_json(text)
-    except PlanError as error:
-        raise PlanError(f"{path}: {error}") from error
+    return read(path)
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

@@ -68,7 +68,7 @@ def run(
     )
     written = {}
     if not dry_run:
-        save(student, target, force=force)
+        save(student, target, force=force, example_inputs=example)
         write_text(plan_file, the_plan.to_json())
         written = {"student": str(target), "plan_file": str(plan_file)}
     costs = _costs(network, student, the_plan, found)

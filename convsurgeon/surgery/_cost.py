@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -107,7 +108,9 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> Macs:
         if isinstance(module, AbstractCheapConv):
             # before the op's own padding
             module.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, warnings.catch_warnings():
+        # its own hooks, of which torch.compile warns
+        warnings.filterwarnings("ignore", message="Using `torch.compile")
         call(copy, example_inputs)
     counted = counter.get_total_flops() // 2
     return Macs(counted - hot, counted)
