@@ -141,8 +141,8 @@ def refusals() -> dict[str, tuple[str, str]]:
         ),
         "weights only": (
             "convert weights.pt",
-            "weights.pt holds only weights, no architecture; "
-            "use: convsurgeon convert torchvision:resnet18 --weights weights.pt",
+            "weights.pt holds only weights, no architecture; name the one they are of, such as mynet:Net or "
+            "torchvision:resnet18: convsurgeon convert mynet:Net --weights weights.pt",
         ),
         "an ONNX file": (
             "inspect other.onnx",

@@ -396,6 +396,12 @@ def _exported(path: Path) -> None:
         archive.writestr("net/models/model.json", b"{}")
 
 
+def _exported_long_ago(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("version", b"5.1")
+        archive.writestr("serialized_exported_program.json", b"{}")
+
+
 def _onnx(path: Path) -> None:
     tensor = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
     same = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
@@ -441,9 +447,10 @@ def _legacy_module(path: Path) -> None:
         ("net.pt", lambda path: path.touch(), "is empty"),
         ("net.pt", Path.mkdir, "is a folder"),
         ("net.pt", _scripted, "is a TorchScript archive"),
-        ("net.pt2", _exported, "is an exported program (.pt2)"),
-        ("net.pt", _exported, "is an exported program (.pt2)"),
-        ("net.pt2", lambda path: path.write_bytes(b"x" * 99), "is an exported program (.pt2)"),
+        ("net.pt2", _exported, "is damaged"),
+        ("net.pt", _exported, "is damaged"),
+        ("net.pt2", _exported_long_ago, "as PyTorch wrote them before 2.8"),
+        ("net.pt2", lambda path: path.write_bytes(b"x" * 99), "is no exported program"),
         ("net.onnx", _onnx, "is an ONNX file"),
         ("net.bin", _onnx, "is an ONNX file"),
         ("net.bin", lambda path: path.write_bytes(b"\x08 no protobuf"), "is no model"),
@@ -472,7 +479,7 @@ def test_real_archives_of_torch_are_told_apart(tmp_path):
     net = nn.Linear(2, 2)
     torch.export.save(torch.export.export(net, (torch.zeros(1, 2),)), tmp_path / "net.pt2")
     (tmp_path / "net.pt2").rename(tmp_path / "net.pt")
-    assert "is an exported program (.pt2)" in fails(ModelError, storage.load, tmp_path / "net.pt")
+    assert isinstance(storage.load(tmp_path / "net.pt"), nn.Module)
     with pytest.warns(Warning, match="deprecated"):
         torch.jit.save(torch.jit.trace(net, torch.zeros(1, 2)), tmp_path / "net.pt")
     assert "is a TorchScript archive" in fails(ModelError, storage.load, tmp_path / "net.pt")
@@ -483,8 +490,8 @@ def test_a_bare_state_dict_says_how_it_is_used(tmp_path, monkeypatch, wrap):
     monkeypatch.chdir(tmp_path)
     torch.save(wrap(nn.Linear(2, 2).state_dict()), "weights.pt")
     assert fails(ModelError, storage.load, "weights.pt") == (
-        "weights.pt holds only weights, no architecture; "
-        "use: convsurgeon convert torchvision:resnet18 --weights weights.pt"
+        "weights.pt holds only weights, no architecture; name the one they are of, such as mynet:Net or "
+        "torchvision:resnet18: convsurgeon convert mynet:Net --weights weights.pt"
     )
     assert "holds only weights" in fails(ModelError, storage.load, "weights.pt", trust=True)
 
@@ -671,7 +678,7 @@ def test_the_file_of_a_student_holds_no_code(mynet):
     path = storage.save(student, "student.safetensors")
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    assert (metadata["format"], metadata["version"]) == ("convsurgeon-student", "1")
+    assert (metadata["format"], metadata["version"]) == ("convsurgeon-student", "2")
     assert json.loads(metadata["record"]) == read_record(student)
 
 
@@ -745,7 +752,7 @@ def _record(**changes) -> str:
     ("changes", "error", "said"),
     [
         ({"format": "pt"}, ModelError, "holds only weights, no architecture"),
-        ({"version": "2"}, ModelError, "has version 2 of the student format"),
+        ({"version": "3"}, ModelError, "has version 3 of the student format"),
         ({"record": "{"}, ModelError, "is damaged"),
         ({"record": "[]"}, ModelError, "is damaged"),
         ({"record": _record(source={"name": 3})}, ModelError, "is damaged"),

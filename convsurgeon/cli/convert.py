@@ -52,9 +52,7 @@ def run(
     network = load_model(model, weights=weights, model_arg=model_arg, trust=trust, trust_module=trust_module)
     example = example_for(network, input_shape)
     if example is None:
-        say(
-            "note: no input shape is known, so there are no sizes and no MACs; say --input-shape 1,3,224,224 for them"
-        )
+        say("note: no input shape is known, so there are no sizes and no MACs; say --input-shape 1,3,224,224 for them")
     found = survey(network, example_inputs=example)
     the_plan = ready or make_plan(found, to or DEFAULT_OP, **selectors(keep, only, mapping, option))
     target = output or default_output(network, model, the_plan.tag)

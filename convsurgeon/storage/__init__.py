@@ -7,6 +7,7 @@ a pickled module as a pickled module, an architecture with a plan as one safeten
 from convsurgeon.storage._checkpoints import load_checkpoint, save_checkpoint
 from convsurgeon.storage._load import load
 from convsurgeon.storage._model_args import parse_model_args
+from convsurgeon.storage._plans import read_plan
 from convsurgeon.storage._save import default_output, save
 
-__all__ = ["default_output", "load", "load_checkpoint", "parse_model_args", "save", "save_checkpoint"]
+__all__ = ["default_output", "load", "load_checkpoint", "parse_model_args", "read_plan", "save", "save_checkpoint"]

@@ -9,6 +9,7 @@ may wrap any of them, so nothing is on it that would be harmful when called.
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -62,7 +63,9 @@ class Admission:
         self.stand_ins = StandIns()
         self._path = path
         self._prefixes = (*PREFIXES, *trust_modules)
-        self._torch_functions = Held(_TORCH_FUNCTIONS, torch)
+        self._lookup = HeldLookup(Held(_TORCH_FUNCTIONS, torch), _ACTIVATIONS)
+        self._classes: dict[str, tuple[type, type]] = {}
+        """The admitted classes and their stand-ins, by name."""
 
     def admit(self, name: str) -> Callable[..., object] | None:
         """Return the stand-in for a global's dotted name, or None if it is refused.
@@ -73,20 +76,36 @@ class Admission:
         if name == "functools.partial":
             return HeldPartial
         if name == "builtins.getattr":
-            return HeldLookup(self._torch_functions, _ACTIVATIONS)
+            return self._lookup
         if name == _TORCH_FUNCTIONS:
-            return self._torch_functions
+            return self._lookup.owner
         if name in _FUNCTIONS:
             return Held(name, self._find(name))
         if name in _CHOICES:
             return HeldChoice(name, self._find(name))
         if name in _CLASSES:
-            return self.stand_ins.shell(self._find(name))
+            return self._shell(name, self._find(name))
         module, _, _ = name.rpartition(".")
         if "__main__" in module.split(".") or not any(is_under(module, prefix) for prefix in self._prefixes):
             return None
         found = self._find(name)
-        return self.stand_ins.shell(found) if is_module_class(found, name) else None
+        return self._shell(name, found) if is_module_class(found, name) else None
+
+    def admit_nested(self, owner: str, attribute: str) -> type | None:
+        """Return the stand-in for a module class that is defined inside of an admitted one, or None."""
+        outer, outer_shell = self._classes.get(owner, (None, None))
+        if outer is None or outer_shell is None:
+            return None
+        found, name = inspect.getattr_static(outer, attribute, None), f"{owner}.{attribute}"
+        if not isinstance(found, type) or not is_module_class(found, name):
+            return None
+        shell = self._lookup.nested[outer_shell, attribute] = self._shell(name, found)
+        return shell
+
+    def _shell(self, name: str, real: type) -> type:
+        shell = self.stand_ins.shell(real)
+        self._classes[name] = (real, shell)
+        return shell
 
     def _find(self, name: str) -> type:
         module, _, attribute = name.rpartition(".")

@@ -45,8 +45,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     path = Path(path)
     kind = identify(path)
-    if kind is Kind.SAFETENSORS:
-        raise ModelError(f"{path} is a safetensors file and no checkpoint of a training run")
+    if kind in (Kind.SAFETENSORS, Kind.PROGRAM):
+        raise ModelError(f"{path} is {kind.value} and no checkpoint of a training run")
     found, refused = read_safely(path, kind)
     if refused:
         raise refusal(path, refused)

@@ -19,6 +19,7 @@ class Kind(enum.Enum):
     ARCHIVE = "a zip archive that torch.save wrote"
     LEGACY = "a file that torch.save wrote before PyTorch 1.6"
     SAFETENSORS = "a safetensors file"
+    PROGRAM = "an exported program that torch.export.save wrote"
 
 
 def identify(path: Path) -> Kind:
@@ -38,7 +39,9 @@ def identify(path: Path) -> Kind:
     if head.startswith(_LEGACY_MAGIC):
         return Kind.LEGACY
     if path.suffix == ".pt2":
-        raise ModelError(_PT2.format(path=path))
+        raise ModelError(
+            f"{path} is no exported program: torch.export.save writes another kind of file; export it again"
+        )
     if _is_safetensors(head, size):
         return Kind.SAFETENSORS
     if path.suffix == ".safetensors":
@@ -49,12 +52,6 @@ def identify(path: Path) -> Kind:
         f"{path} is no model: neither a file that torch.save wrote nor safetensors; "
         "give such a file, or an architecture such as torchvision:resnet18"
     )
-
-
-_PT2 = (
-    "{path} is an exported program (.pt2), whose modules are gone; "
-    "give the model it was exported from, as a pickled module or by name"
-)
 
 
 def _regular_size(path: Path) -> int:
@@ -90,12 +87,17 @@ def _identify_archive(path: Path) -> Kind:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.rpartition("/")[2] for name in archive.namelist()]
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # whatever zipfile raises for sizes and places that cannot be
         raise ModelError(
             f"{path} is truncated or damaged: a PyTorch archive without its end; copy or save it again"
         ) from error
-    if "archive_format" in names or "serialized_exported_program.json" in names or path.suffix == ".pt2":
-        raise ModelError(_PT2.format(path=path))
+    if "serialized_exported_program.json" in names:
+        raise ModelError(
+            f"{path} is an exported program as PyTorch wrote them before 2.8; load it there with torch.export.load "
+            "and save it again with a newer one"
+        )
+    if "archive_format" in names:
+        return Kind.PROGRAM
     if "constants.pkl" in names:
         raise ModelError(
             f"{path} is a TorchScript archive, whose modules are compiled; "

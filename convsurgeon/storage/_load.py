@@ -18,6 +18,7 @@ from convsurgeon.storage._architectures import Architecture, parse_name
 from convsurgeon.storage._kinds import Kind, identify
 from convsurgeon.storage._model_args import refuse_fetching
 from convsurgeon.storage._pickles import read_safely, read_trusted
+from convsurgeon.storage._programs import read_program
 from convsurgeon.storage._students import read_student
 from convsurgeon.storage._weights import build_with, describe, find_state_dict, only_weights, read_weights
 
@@ -35,12 +36,12 @@ def load(
 ) -> nn.Module:
     """Return the model that a name or a file stands for, on the CPU.
 
-    A file that exists wins over the reading as a name. A pickled module keeps its mode; a network
-    built from a name is as its library builds it.
+    A file that exists wins over the reading as a name. A pickled module keeps its mode, and an exported
+    program that of its export; a network built from a name is as its library builds it.
 
     Args:
-        source: `torchvision:NAME`, `timm:NAME`, `package.module:factory`, a pickled module, or a
-            student that `save` wrote.
+        source: `torchvision:NAME`, `timm:NAME`, `package.module:factory`, a pickled module, an
+            exported program (`.pt2`), or a student that `save` wrote.
         weights: for a name, a file of weights, or `"DEFAULT"` for those of the library. Without,
             they are random, and `report` is told so.
         trust: run whatever code a file brings.
@@ -65,7 +66,7 @@ def load(
     if weights is not None or model_args:
         what = "--weights" if weights is not None else "--model-arg"
         raise OptionError(f"{what} goes with an architecture such as torchvision:resnet18, not with the file {path}")
-    return _load_file(path, trust=trust, trust_modules=trust_modules)
+    return _load_file(path, trust=trust, trust_modules=trust_modules, report=report)
 
 
 def _load_name(
@@ -104,8 +105,10 @@ def _as_record(source: str, args: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
 
 
-def _load_file(path: Path, *, trust: bool, trust_modules: Sequence[str]) -> nn.Module:
+def _load_file(path: Path, *, trust: bool, trust_modules: Sequence[str], report: Report) -> nn.Module:
     kind = identify(path)
+    if kind is Kind.PROGRAM:
+        return read_program(path, trust=trust, report=report)
     if kind is Kind.SAFETENSORS:
         return read_student(path, trust=trust, trust_modules=trust_modules)
     refused: list[str] = []

@@ -21,11 +21,17 @@ from torch.serialization import (
 
 from convsurgeon.errors import ConvSurgeonError, ModelError, UntrustedFileError, one_line
 from convsurgeon.storage._admission import Admission, refusal
+from convsurgeon.storage._archives import DamageError, read_archive
 from convsurgeon.storage._kinds import Kind
 from convsurgeon.storage._stand_ins import Inert, StandInError
+from convsurgeon.storage._storages import Lookups, proofread_archive, proofread_legacy
+from convsurgeon.storage._texts import printable
+from convsurgeon.storage._trees import check_tree
+
+Allowed = list[tuple[Callable[..., object], str]]
 
 _ALLOWED_IS_GLOBAL = threading.Lock()
-_FROM_A_SCRIPT = re.compile(r"get attribute '(\w+)' on <module '__main__'")
+_FROM_A_SCRIPT = re.compile(r"get attribute '(\w+)' on <module '(?:[\w.]+\.)?__main__'")
 
 
 def read_trusted(path: Path) -> Any:
@@ -54,15 +60,9 @@ def read_safely(path: Path, kind: Kind, *, trust_modules: Sequence[str] = ()) ->
     """
     if kind is Kind.LEGACY:
         return _read_legacy(path), []
-    admission, refused = Admission(path, trust_modules), []
-    with _only_allowed([]):
-        names = _names_in(path)
-    allowed: list[tuple[Callable[..., object], str]] = []
-    for name in names:
-        stand_in = admission.admit(name)
-        if stand_in is None:
-            refused.append(name)
-        allowed.append((stand_in or Inert, name))
+    admission = Admission(path, trust_modules)
+    names, lookups = _proofread(path)
+    allowed, refused = _admit(admission, names, lookups)
     try:
         with _only_allowed(allowed):
             found = torch.load(path, map_location="cpu", weights_only=True)
@@ -72,23 +72,34 @@ def read_safely(path: Path, kind: Kind, *, trust_modules: Sequence[str] = ()) ->
     except Exception as error:
         raise _unreadable(path, error, refused) from error
     if isinstance(found, nn.Module) and not refused:
-        _check_tree(path, found)
+        check_tree(path, found)
     return found, refused
 
 
-def _check_tree(path: Path, root: nn.Module) -> None:
-    """Refuse modules whose parts are no parts: later code relies on what `nn.Module` would have seen to."""
-    kinds = {"_parameters": nn.Parameter, "_buffers": torch.Tensor, "_modules": nn.Module}
-    todo, seen = [root], {root}
-    while todo:
-        module = todo.pop()
-        for attribute, kind in kinds.items():
-            parts = module.__dict__.get(attribute)
-            if not isinstance(parts, dict) or not all(p is None or isinstance(p, kind) for p in parts.values()):
-                raise ModelError(f"{path} is damaged: a {type(module).__name__} in it has no proper {attribute}")
-        children = {child for child in module._modules.values() if child is not None} - seen
-        seen |= children
-        todo += children
+def _proofread(path: Path) -> tuple[list[str], Lookups]:
+    """Return the dotted names of all globals that torch does not know as harmless, and attributes of them."""
+    try:
+        archive = read_archive(path)
+        with _only_allowed([]):
+            names = sorted(get_unsafe_globals_in_checkpoint(path))
+        return names, proofread_archive(archive, frozenset(names))
+    except Exception as error:  # whatever zipfile and torch make of damaged bytes
+        raise _unreadable(path, error, []) from error
+
+
+def _admit(admission: Admission, names: Sequence[str], lookups: Lookups) -> tuple[Allowed, list[str]]:
+    """Return the stand-ins of all names for torch, and the names that are refused."""
+    allowed: Allowed = []
+    refused: list[str] = []
+    for name in names:
+        stand_in = admission.admit(name)
+        if stand_in is None:
+            refused.append(name)
+        allowed.append((stand_in or Inert, name))
+    for owner, attribute in lookups:
+        if nested := admission.admit_nested(owner, attribute):
+            allowed.append((nested, f"{owner}.{attribute}"))
+    return allowed, refused
 
 
 def _unreadable(path: Path, error: Exception, refused: Sequence[str]) -> ConvSurgeonError:
@@ -103,22 +114,16 @@ def _unreadable(path: Path, error: Exception, refused: Sequence[str]) -> ConvSur
             f"{path} is pickled in a way that cannot be read safely; save it again with torch.save, as it is "
             "by default, or, only if you know who made it: --trust"
         )
-    return ModelError(f"{path} is damaged ({one_line(error)}); copy or save it again")
-
-
-def _names_in(path: Path) -> list[str]:
-    """Return the dotted names of all globals in the file that torch itself does not know as harmless."""
-    try:
-        return sorted(get_unsafe_globals_in_checkpoint(path))
-    except Exception as error:
-        raise _unreadable(path, error, []) from error
+    said = str(error) if isinstance(error, DamageError) else one_line(error)
+    return ModelError(f"{path} is damaged ({printable(said)}); copy or save it again")
 
 
 def _read_legacy(path: Path) -> Any:
     try:
+        proofread_legacy(path)
         with _only_allowed([]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, StandInError) as error:
         raise UntrustedFileError(
             f"{path} is in PyTorch's format from before 1.6 and holds more than weights, which cannot be "
             "read safely; save it again with torch.save, or, only if you know who made it: --trust"
@@ -128,7 +133,7 @@ def _read_legacy(path: Path) -> Any:
 
 
 @contextmanager
-def _only_allowed(allowed: list[tuple[Callable[..., object], str]]) -> Iterator[None]:
+def _only_allowed(allowed: Allowed) -> Iterator[None]:
     """Let torch admit these stand-ins and nothing else; what the caller's program admitted is put back."""
     with _ALLOWED_IS_GLOBAL:
         before = get_safe_globals()

@@ -11,8 +11,11 @@ import safetensors.torch
 from torch import Tensor
 
 from convsurgeon.errors import ModelError, one_line
+from convsurgeon.storage._texts import printable
 
 _ALIASES = "aliases"
+# a safetensors file: the header's length, the header in JSON with the metadata in an entry of its own, the numbers
+_LENGTH, _METADATA = 8, "__metadata__"
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -28,6 +31,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
             aliases[name] = first
     text = {**metadata, _ALIASES: json.dumps(aliases, sort_keys=True)} if aliases else dict(metadata)
     safetensors.torch.save_file(kept, path, metadata=text)
+    _sort_metadata(path)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -42,9 +46,22 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
         for alias, name in json.loads(metadata.get(_ALIASES, "{}")).items():
             tensors[alias] = tensors[name]
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{path} is truncated or damaged ({one_line(error)}); copy or save it again") from error
+    except Exception as error:  # of safetensors, json and torch, for bytes that fit together in form only
+        said = printable(one_line(error))
+        raise ModelError(f"{path} is truncated or damaged ({said}); copy or save it again") from error
     return tensors, metadata
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata in order, which safetensors writes in another one every time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(_LENGTH), "little")
+        header = json.loads(file.read(length))
+        header[_METADATA] = dict(sorted(header[_METADATA].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= length, "safetensors writes its header without spaces"
+        file.seek(_LENGTH)
+        file.write(text.ljust(length))
 
 
 def _memory_of(tensor: Tensor, name: str) -> object:

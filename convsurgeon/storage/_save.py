@@ -11,36 +11,57 @@ from torch import nn
 from convsurgeon.errors import ConvSurgeonError, ModelError, one_line
 from convsurgeon.files import refuse_to_overwrite, write_atomically
 from convsurgeon.record import read_record
+from convsurgeon.storage._programs import ExampleInputs, is_exported, write_program
 from convsurgeon.storage._students import write_student
 
 _PICKLED = (".pt", ".pth")
 _NAMED = ".safetensors"
+_EXPORTED = ".pt2"
 
 
-def save(student: nn.Module, path: str | Path, *, force: bool = False) -> Path:
+def save(
+    student: nn.Module, path: str | Path, *, force: bool = False, example_inputs: ExampleInputs | None = None
+) -> Path:
     """Write a student, or another model, so that `load` finds it again, and return the path.
 
     `.safetensors` holds the architecture's name, the plan and the weights, and no code: for models
-    that were built from a name. `.pt` and `.pth` hold the pickled module.
+    that were built from a name. `.pt` and `.pth` hold the pickled module. `.pt2` holds an exported
+    program, in evaluation mode and on the CPU, whose sizes vary as those of the program it came from,
+    else with a free batch size.
+
+    Args:
+        example_inputs: for `.pt2`, what the network takes, where its record does not say.
 
     Raises:
         ModelError: if the model cannot be written in that form; nothing is left behind.
         OutputError: if the file exists and `force` is not given, or the folder cannot be written to.
     """
     path = Path(path)
-    if path.suffix not in (*_PICKLED, _NAMED):
-        raise ModelError(f"{path}: a model is saved as .safetensors (name, plan and weights) or .pt (pickled module)")
+    if path.suffix not in (*_PICKLED, _NAMED, _EXPORTED):
+        raise ModelError(
+            f"{path}: a model is saved as .safetensors (name, plan and weights), .pt (pickled module) "
+            "or .pt2 (exported program)"
+        )
     if path.suffix == _NAMED and not _has_name(student):
         raise ModelError(
             f"{path}: .safetensors is for models built from a name with plain arguments, and this "
             f"{type(student).__name__} was not; save it as {path.with_suffix('.pt').name}"
         )
     if path.suffix in _PICKLED:
+        _refuse_programs(student, path)
         _refuse_script_classes(student, path)
     refuse_to_overwrite(path, force=force)
-    write = write_student if path.suffix == _NAMED else torch.save
+
+    def write(temporary: Path) -> None:
+        if path.suffix == _EXPORTED:
+            write_program(student, temporary, example_inputs=example_inputs)
+        elif path.suffix == _NAMED:
+            write_student(student, temporary)
+        else:
+            torch.save(student, temporary)
+
     try:
-        return write_atomically(path, lambda temporary: write(student, temporary))
+        return write_atomically(path, write)
     except ConvSurgeonError:
         raise
     except Exception as error:  # whatever pickle and safetensors make of a module
@@ -53,7 +74,7 @@ def default_output(model: nn.Module, source: str, tag: str) -> Path:
     """
     if os.path.exists(source) or ":" not in source:
         path = Path(source)
-        suffix = path.suffix if path.suffix in (*_PICKLED, _NAMED) else ".pt"
+        suffix = path.suffix if path.suffix in (*_PICKLED, _NAMED, _EXPORTED) else ".pt"
         return path.with_name(f"{path.stem}.{tag}{suffix}")
     name = source.partition(":")[2].replace("/", "-")
     return Path(f"{name}.{tag}{_NAMED if _has_name(model) else '.pt'}")
@@ -61,6 +82,14 @@ def default_output(model: nn.Module, source: str, tag: str) -> Path:
 
 def _has_name(model: nn.Module) -> bool:
     return "name" in read_record(model).get("source", {})
+
+
+def _refuse_programs(model: nn.Module, path: Path) -> None:
+    if is_exported(model):
+        raise ModelError(
+            f"{path}: {type(model).__name__} came from an exported program and has no class that a pickle could "
+            f"name; save it as {path.with_suffix(_EXPORTED).name}"
+        )
 
 
 def _refuse_script_classes(model: nn.Module, path: Path) -> None:

@@ -68,21 +68,30 @@ class HeldChoice(Held):
     def __call__(self, *args: object) -> Held:  # type: ignore[override]
         try:
             (value,) = args
+            if not isinstance(value, str):
+                raise ValueError(f"a {type(value).__name__}")
             return Held(self.name, self.real(value))
         except ValueError as error:
             raise StandInError(f"calls {self.name}") from error
 
 
 class HeldLookup(Held):
-    """`getattr`, for a short list of names of one object: how torch pickles `torch.relu`."""
+    """`getattr`, for a short list of names of one object (so `torch.relu` is pickled), and for nested classes."""
 
     def __init__(self, owner: Held, names: frozenset[str]) -> None:
         super().__init__("builtins.getattr", getattr)
         self.owner, self.names = owner, names
+        self.nested: dict[tuple[type, str], type] = {}
+        """Stand-ins of classes inside of classes, by the outer one and the inner one's name."""
 
-    def __call__(self, *args: object) -> Held:  # type: ignore[override]
-        if len(args) == 2 and args[0] is self.owner and isinstance(args[1], str) and args[1] in self.names:
-            return Held(f"torch.{args[1]}", getattr(self.owner.real, args[1]))
+    def __call__(self, *args: object) -> object:  # type: ignore[override]
+        owner, name = args if len(args) == 2 else (None, None)
+        if owner is Inert:
+            return Inert
+        if owner is self.owner and isinstance(name, str) and name in self.names:
+            return Held(f"torch.{name}", getattr(self.owner.real, name))
+        if isinstance(owner, type) and isinstance(name, str) and (owner, name) in self.nested:
+            return self.nested[owner, name]
         raise StandInError("looks up an attribute with builtins.getattr")
 
 
@@ -122,6 +131,8 @@ class StandIns:
             if key not in self._states and issubclass(real, nn.Module):
                 raise StandInError(f"creates {real.__module__}.{real.__qualname__} without its state")
             state = self._revealed(self._states.get(key, {}))
+            if issubclass(real, nn.RNNBase) and not _names_weights(state):
+                raise StandInError(f"gives {real.__module__}.{real.__qualname__} a state that is no module's")
             # nn.Module's own __setattr__ would look at attributes that are not there yet
             object.__setattr__(shell, "__class__", real)
             if hasattr(real, "__setstate__"):
@@ -167,3 +178,11 @@ class StandIns:
 def _is_plain_state(state: object) -> bool:
     """An instance's `__dict__`: attribute names, none of them special."""
     return type(state) is dict and all(isinstance(key, str) and not key.startswith("__") for key in state)
+
+
+def _names_weights(state: dict[str, Any]) -> bool:
+    """Whether a recurrent layer has the names of its weights, which it would make itself: as many as it is told."""
+    layers = state.get("all_weights", state.get("_all_weights"))
+    return isinstance(layers, list) and all(
+        isinstance(names, list) and names and all(isinstance(name, str) for name in names) for names in layers
+    )

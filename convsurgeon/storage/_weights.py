@@ -16,7 +16,9 @@ from convsurgeon.storage._admission import refusal
 from convsurgeon.storage._architectures import Architecture
 from convsurgeon.storage._kinds import Kind, identify
 from convsurgeon.storage._pickles import read_safely, read_trusted
+from convsurgeon.storage._programs import read_program
 from convsurgeon.storage._safetensors import read_safetensors
+from convsurgeon.storage._texts import printable
 
 _NESTED_UNDER = ("state_dict", "model", "model_state_dict", "ema")
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -26,7 +28,7 @@ StateDict = dict[str, Tensor]
 
 
 def read_weights(path: Path, *, trust: bool, trust_modules: Sequence[str]) -> StateDict:
-    """Read the state dict out of a file, however it is nested; a pickled module's own counts too.
+    """Read the state dict out of a file, however it is nested; that of a pickled module or exported program counts too.
 
     Raises:
         UntrustedFileError: for a pickled module whose class nobody has allowed.
@@ -41,6 +43,8 @@ def read_weights(path: Path, *, trust: bool, trust_modules: Sequence[str]) -> St
                 f"{path} is a whole student, not only weights; give it by itself: convsurgeon ... {path}"
             )
         return tensors
+    if kind is Kind.PROGRAM:
+        return dict(read_program(path, trust=trust).state_dict())
     refused: list[str] = []
     if trust:
         found = read_trusted(path)
@@ -54,6 +58,8 @@ def read_weights(path: Path, *, trust: bool, trust_modules: Sequence[str]) -> St
             f"{path} holds {describe(found)}, and no state dict under {', '.join(_NESTED_UNDER)}; "
             "save model.state_dict() with torch.save"
         )
+    if empty := next((name for name, value in state.items() if value.is_meta), None):
+        raise WeightsError(f"{path} holds no numbers for {printable(empty)}, which is on the meta device")
     return state
 
 
@@ -74,7 +80,7 @@ def find_state_dict(found: Any, *, modules: bool = True, depth: int = 2) -> Stat
 def describe(found: Any) -> str:
     """Say what a file held: its type, and a dict's keys."""
     if isinstance(found, Mapping):
-        keys = ", ".join(str(key)[:40] for key in list(found)[:5])
+        keys = ", ".join(printable(str(key)[:40]) for key in list(found)[:5])
         return f"a {type(found).__name__} with the keys {keys}" if keys else f"an empty {type(found).__name__}"
     return f"a {type(found).__name__}"
 
@@ -119,7 +125,7 @@ def load_strictly(model: nn.Module, state: StateDict, *, where: Path) -> None:
     try:
         model.load_state_dict(state, strict=True)
     except Exception as error:  # a module's own hooks
-        raise WeightsError(f"{where} does not fit {type(model).__name__}: {one_line(error)}") from error
+        raise WeightsError(f"{where} does not fit {type(model).__name__}: {printable(one_line(error))}") from error
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ class Gaps:
         ]
         parts = {"missing": self.missing, "unexpected": self.unexpected, "of another size": sizes}
         return ", ".join(
-            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            f"{len(names)} {what} ({', '.join(map(printable, names[:3]))}{', ...' if len(names) > 3 else ''})"
             for what, names in parts.items()
             if names
         )
@@ -202,5 +208,6 @@ def _size(shape: torch.Size) -> str:
 def only_weights(path: Path) -> ModelError:
     """Return the error for a state dict where a model was expected."""
     return ModelError(
-        f"{path} holds only weights, no architecture; use: convsurgeon convert torchvision:resnet18 --weights {path}"
+        f"{path} holds only weights, no architecture; name the one they are of, such as mynet:Net or "
+        f"torchvision:resnet18: convsurgeon convert mynet:Net --weights {path}"
     )
