@@ -186,7 +186,8 @@ def refusals() -> dict[str, tuple[str, str]]:
         ),
         "output of another kind": (
             f"convert {named} -o student.bin",
-            "student.bin: a model is saved as .safetensors (name, plan and weights) or .pt (pickled module)",
+            "student.bin: a model is saved as .safetensors (name, plan and weights), .pt (pickled module) or .pt2 "
+            "(exported program)",
         ),
         "output is a folder": (f"convert {named} -o .", ". exists already; choose another name or say --force"),
         "output without a folder": (

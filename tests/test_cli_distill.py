@@ -293,7 +293,10 @@ class TestRefusals:
         program("convert", "mynet:Net", "--model-arg", "in_chans=1", "--to", "shift").done()
         before = program.files()
         said = program("distill", *READER, "Net.shift.safetensors", *DIGITS, "-o", "RUN").error
-        assert said == "the student's output has size (1, 3), expected (1, 10) on the example input 1x1x8x8"
+        assert said == (
+            "the student's output has size (1, 3), expected (1, 10) on the example input 1x1x8x8; "
+            "the first module that differs is fc: 1x3, expected 1x10"
+        )
         assert program.files() == before
 
     @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import threading
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -17,11 +18,14 @@ import onnx
 import pytest
 import torch
 import torchvision
+from onnxscript import ir
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader
 
 from convsurgeon import ops
 from convsurgeon.delivery import Latency, export, measure_latency, ratio, session
+from convsurgeon.delivery._constants import fold_constants
 from convsurgeon.delivery._fold import count_unfolded, fold_batch_norms
 from convsurgeon.delivery._parity import gather_images, named_outputs
 from convsurgeon.errors import DataError, ExportError, OutputError, ParityError
@@ -112,6 +116,14 @@ class SharedConv(nn.Module):
         return self.second(self.conv(torch.relu(self.first(self.conv(x)))))
 
 
+class Standardized(nn.Conv2d):
+    """A convolution whose weight is computed from its parameter, more of it than the exporter folds by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias, self.stride)
+
+
 class ReadTwice(nn.Module):
     """The convolution's own output is needed beside the normalised one."""
 
@@ -132,6 +144,29 @@ class OneBatchSize(nn.Module):
 class DependsOnValues(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else x * 2
+
+
+class Chaotic(nn.Module):
+    """Doubles whatever rounding there is, again and again: PyTorch in float32 is not within 1e-4 of float64."""
+
+    def __init__(self, times: int = 10) -> None:
+        super().__init__()
+        self.times = times
+        self.body = nn.Conv2d(3, 64, 12)
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.sigmoid(self.body(x)).flatten(1)
+        for _ in range(self.times):
+            y = 4 * y * (1 - y)
+        return self.head(y)
+
+
+class OnlyFloat32(Chaotic):
+    """The same, with a constant that does not let it run in float64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ torch.eye(5)
 
 
 class SaysNaN(nn.Module):
@@ -189,6 +224,35 @@ def test_a_shared_convolution_is_folded_under_each_of_its_batch_norms(tmp_path: 
     assert delivery.batch_norms_left == 0
     assert ops_of(delivery.path) == {"Conv": 2, "Relu": 1}
     assert len(onnx.load(delivery.path).graph.initializer) == 4
+
+
+def test_weights_that_are_computed_become_constants(tmp_path: Path) -> None:
+    model = nn.Sequential(Standardized(3, 48, 3), nn.BatchNorm2d(48), nn.ReLU(), Standardized(48, 48, 3))
+    delivery = export(settled(model, IMAGE), tmp_path / "a.onnx", example_inputs=IMAGE)
+    assert ops_of(delivery.path) == {"Conv": 2, "Relu": 1}
+    assert delivery.batch_norms_left == 0
+    # the raw weights went
+    assert delivery.bytes < 1.1 * 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_nothing_is_made_larger_than_the_largest_weight() -> None:
+    generator = np.random.default_rng(0)
+    sizes = {"w": (40, 300), "row": (1, 600), "column": (600, 1)}
+    arrays = [onnx.numpy_helper.from_array(generator.normal(size=size), name) for name, size in sizes.items()]
+    nodes = [
+        onnx.helper.make_node("Add", ["row", "column"], ["table"]),  # 600 x 600, from 1,200 numbers
+        onnx.helper.make_node("Add", ["w", "w"], ["twice"]),
+        onnx.helper.make_node("MatMul", ["x", "twice"], ["y"]),
+        onnx.helper.make_node("Add", ["table", "x0"], ["z"]),
+    ]
+    values = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, shape)
+        for name, shape in {"x": [1, 40], "x0": [1], "y": [1, 300], "z": [600, 600]}.items()
+    ]
+    graph = onnx.helper.make_graph(nodes, "g", values[:2], values[2:], arrays)
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]))
+    assert fold_constants(model)
+    assert [node.outputs[0].name for node in model.graph] == ["table", "y", "z"]
 
 
 def test_a_batch_norm_that_cannot_be_folded_is_reported(tmp_path: Path) -> None:
@@ -275,6 +339,23 @@ def test_half_precision_and_channels_last_are_exported_as_float32(tmp_path: Path
     delivery = export(model, tmp_path / "a.onnx", example_inputs=IMAGE.bfloat16())
     assert {entry.type for entry in session(delivery.path).get_inputs()} == {"tensor(float)"}
     assert model.head.weight.dtype == torch.bfloat16
+
+
+def test_a_weight_that_is_the_result_of_a_computation_can_be_exported(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    model(IMAGE)
+    assert model[0].weight.grad_fn is not None
+    delivery = export(model, tmp_path / "a.onnx", example_inputs=IMAGE)
+    assert ops_of(delivery.path) == {"Conv": 1, "Relu": 1}
+    assert model[0].weight.grad_fn is not None
+
+
+def test_a_model_that_cannot_be_copied(tmp_path: Path) -> None:
+    model = Residual()
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(ExportError, match=r"Residual cannot be copied \(TypeError: .*lock"):
+        export(model, tmp_path / "a.onnx", example_inputs=IMAGE)
 
 
 def test_the_input_shape_comes_from_the_record_then_from_the_images(tmp_path: Path) -> None:
@@ -408,6 +489,39 @@ def test_a_difference_in_the_second_output_only_is_caught(tmp_path: Path, monkey
     monkeypatch.setattr("convsurgeon.delivery._export.fold_batch_norms", sabotage)
     with pytest.raises(ParityError, match="output 'aux_1'"):
         export(Segmenter(), tmp_path / "a.onnx", example_inputs=IMAGE)
+
+
+def test_rounding_that_pytorch_shows_too_is_no_disagreement(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    parity = export(Chaotic(), tmp_path / "a.onnx", example_inputs=IMAGE).parity
+    assert parity.max_rel > parity.tolerance == 1e-4
+    assert 1e-5 < parity.rounding < 1e-2
+    assert parity.max_rel < 5 * parity.rounding
+
+
+def test_rounding_is_not_asked_where_the_tolerance_is_kept(tmp_path: Path) -> None:
+    parity = export(settled(Residual(), IMAGE), tmp_path / "a.onnx", example_inputs=IMAGE).parity
+    assert parity.max_rel <= parity.tolerance
+    assert parity.rounding == 0
+
+
+@pytest.mark.parametrize("offset", [0.005, 0.1])
+def test_rounding_excuses_no_other_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: float) -> None:
+    def sabotage(proto: onnx.ModelProto) -> int:
+        bias = next(tensor for tensor in proto.graph.initializer if tensor.name == "head.bias")
+        bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + offset, bias.name))
+        return 0
+
+    torch.manual_seed(0)
+    monkeypatch.setattr("convsurgeon.delivery._export.fold_batch_norms", sabotage)
+    with pytest.raises(ParityError, match=r"expected at most 0\.0001;"):
+        export(Chaotic(), tmp_path / "a.onnx", example_inputs=IMAGE)
+
+
+def test_without_float64_nothing_is_excused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ParityError, match=r"expected at most 0\.0001;"):
+        export(OnlyFloat32(), tmp_path / "a.onnx", example_inputs=IMAGE)
 
 
 def test_outputs_that_are_not_finite_have_their_own_sentence(tmp_path: Path) -> None:

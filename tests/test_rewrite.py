@@ -366,3 +366,9 @@ def test_a_student_trains_and_its_teacher_does_not_notice() -> None:
             assert parameter.grad is not None
             parameter.add_(parameter.grad)
     witness.check()
+
+
+def test_a_plan_that_converts_nothing_is_refused() -> None:
+    empty = cs.Plan.from_dict({**plan(Small()).to_dict(), "decisions": []})
+    with pytest.raises(cs.errors.NothingToConvertError, match="the plan for Small converts nothing"):
+        rewrite(Small(), empty)

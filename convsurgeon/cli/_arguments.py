@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 DEFAULT_OP = "depthwise"
-MODEL_HELP = "torchvision:NAME, timm:NAME, package.module:factory, a pickled module (.pt), an exported program (.pt2), or a student that convert wrote."
-
+MODEL_HELP = (
+    "torchvision:NAME, timm:NAME, package.module:factory, a pickled module (.pt), an exported program (.pt2), "
+    "or a student that convert wrote."
+)
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Weights = Annotated[
     str | None,

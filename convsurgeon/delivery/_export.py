@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import warnings
@@ -17,15 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from convsurgeon.delivery._constants import fold_constants
 from convsurgeon.delivery._fold import count_unfolded, fold_batch_norms
 from convsurgeon.delivery._inputs import ExampleInputs, Inputs, example_of, is_batched
 from convsurgeon.delivery._metadata import compose_metadata, write_metadata
 from convsurgeon.delivery._parity import Parity, check_parity, gather_images, named_outputs
 from convsurgeon.delivery._session import session
-from convsurgeon.errors import ExportError, OutputError, one_line
+from convsurgeon.errors import ExportError, OutputError, SurveyError, one_line
 from convsurgeon.files import refuse_to_overwrite, write_atomically
 from convsurgeon.progress import Progress, Report, be_silent
 from convsurgeon.record import read_record
+from convsurgeon.surgery._copies import copy_module
 
 _LARGEST_FILE = 2_000_000_000  # bytes; protobuf ends at 2 GiB
 _STAGES = ("copy", "trace", "write", "compare")
@@ -76,7 +77,8 @@ def export(
             dimension of every tensor is the batch. By default a batch of the shape that the
             student's record names, else of the images' shape.
         images: a batch, batches, or pairs of images and labels, preprocessed; up to 64 are used.
-        tolerance: the difference allowed, as a part of the largest output.
+        tolerance: the difference allowed, as a part of the largest output. Where PyTorch in float32 is itself
+            that far from float64, the file may be four times as far from it as PyTorch is.
         metadata: strings to store in the file, beside classes, preprocessing, source and plan.
         force: whether an existing file may be replaced.
         report: is told of each stage.
@@ -128,9 +130,13 @@ def _portable(student: nn.Module) -> nn.Module:
     if size > _LARGEST_FILE:
         raise ExportError(f"the weights take {size / 1e9:.1f} GB in float32; one ONNX file holds less than 2 GB")
     try:
-        return copy.deepcopy(student).cpu().float().eval()
-    except Exception as error:  # whatever a foreign module's __deepcopy__ or _apply raises
-        raise ExportError(f"{type(student).__name__} cannot be copied: {one_line(error)}") from error
+        return copy_module(student).cpu().float().eval()
+    except SurveyError as error:
+        raise ExportError(str(error)) from error
+    except Exception as error:  # whatever a foreign module's _apply raises
+        raise ExportError(
+            f"{type(student).__name__} cannot be brought to the CPU in float32: {one_line(error)}"
+        ) from error
 
 
 def _call(model: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
@@ -157,6 +163,7 @@ def _to_onnx(model: nn.Module, inputs: Inputs, outputs: list[tuple[str, Tensor]]
                 _trace(model, inputs), dynamo=True, optimize=True, verbose=False, output_names=names
             )
             assert program is not None
+            fold_constants(program.model)
             proto = program.model_proto
     except Exception as error:  # the exporter's classes share no base below Exception
         raise ExportError(

@@ -1,4 +1,9 @@
-"""The proof that a file equals its student: the same inputs through onnxruntime and PyTorch."""
+"""The proof that a file equals its student: the same inputs through onnxruntime and PyTorch.
+
+Deep networks with odd weights magnify the rounding of float32, until PyTorch differs from itself by more than the
+tolerance when it adds in another order. So where the two differ by more, both are compared with PyTorch in float64:
+a file that is as near to it as PyTorch in float32 is computes the same function.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +18,18 @@ from torch.utils import _pytree as pytree
 
 from convsurgeon.delivery._inputs import Inputs, is_batched
 from convsurgeon.errors import DataError, ExportError, ParityError, one_line
+from convsurgeon.surgery._copies import copy_module
 
 _BATCHES = (1, 3)
 _MOST_IMAGES = 64
 _LARGEST_BATCH = 16
 _SEED = 20190913
+# times PyTorch's own rounding: onnxruntime's was .7 to 1.3 of it in deep random networks, and its sigmoid rounds more
+_AS_NEAR = 4.0
+_MOST_ROUNDING = 100.0  # times the tolerance; beyond, rounding excuses nothing
+
+
+_Worst = tuple[float, float, float]  # absolute and relative difference, rounding
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,8 @@ class Parity:
         batches: the batch sizes that were tried.
         real_images: whether images were among the inputs; False means random inputs only.
         tolerance: what `max_rel` was allowed to be.
+        rounding: where `max_rel` is above the tolerance, how far PyTorch in float32 was from itself in float64,
+            in the same unit; the file was no farther than four times that. Else 0.
     """
 
     max_abs: float
@@ -37,6 +51,7 @@ class Parity:
     batches: tuple[int, ...]
     real_images: bool
     tolerance: float
+    rounding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,13 +77,13 @@ def check_parity(
         ParityError: naming the output that differs most, or is not finite.
         DataError: if the images do not fit the model's input.
     """
-    worst_abs = worst_rel = 0.0
+    worst = (0.0, 0.0, 0.0)
     batches = set()
     for trial in _trials(inputs, images):
-        absolute, relative = _compare(model, session, trial, tolerance)
-        worst_abs, worst_rel = max(worst_abs, absolute), max(worst_rel, relative)
+        worst = _worse(worst, _compare(model, session, trial, tolerance))
         batches.add(trial.batch)
-    return Parity(worst_abs, worst_rel, tuple(sorted(batches)), images is not None, tolerance)
+    absolute, relative, rounding = worst
+    return Parity(absolute, relative, tuple(sorted(batches)), images is not None, tolerance, rounding)
 
 
 def gather_images(images: Tensor | Iterable[Any]) -> Tensor:
@@ -136,25 +151,66 @@ def _with_images(inputs: Inputs, images: Tensor) -> Inputs:
     return inputs.map(lambda tensor: images)
 
 
-def _compare(
-    model: nn.Module, session: onnxruntime.InferenceSession, trial: Trial, tolerance: float
-) -> tuple[float, float]:
-    """Return the largest absolute and relative difference of one trial."""
+def _compare(model: nn.Module, session: onnxruntime.InferenceSession, trial: Trial, tolerance: float) -> _Worst:
+    """Return the largest absolute and relative difference of one trial, and the rounding that excused it."""
     expected = named_outputs(model(*trial.inputs.args, **trial.inputs.kwargs))
     actual = _run(session, trial)
     if len(actual) != len(expected):
         raise ExportError(f"the file has {len(actual)} outputs, PyTorch returns {len(expected)}")
     where = f"for a batch of {trial.batch} ({trial.kind})"
-    worst_abs = worst_rel = 0.0
-    for (name, ours), theirs in zip(expected, actual, strict=True):
+    worst = (0.0, 0.0, 0.0)
+    for index, ((name, ours), theirs) in enumerate(zip(expected, actual, strict=True)):
         absolute, relative = _difference(ours, theirs, name=name, where=where)
+        rounding = 0.0
         if relative > tolerance:
-            raise ParityError(
-                f"output {name!r} {where}: onnxruntime differs from PyTorch by {absolute:.3g}, "
-                f"{relative:.3g} of the largest output, expected at most {tolerance:.3g}; no file was written"
-            )
-        worst_abs, worst_rel = max(worst_abs, absolute), max(worst_rel, relative)
-    return worst_abs, worst_rel
+            limit = _MOST_ROUNDING * tolerance
+            rounding, distance = _against_float64(model, trial, index, theirs) if relative <= limit else (0.0, relative)
+            if not distance <= min(_AS_NEAR * rounding, limit):
+                raise ParityError(
+                    f"output {name!r} {where}: onnxruntime differs from PyTorch by {absolute:.3g}, "
+                    f"{relative:.3g} of the largest output, expected at most {tolerance:.3g}; no file was written"
+                )
+        worst = _worse(worst, (absolute, relative, rounding))
+    return worst
+
+
+def _worse(one: _Worst, other: _Worst) -> _Worst:
+    return max(one[0], other[0]), max(one[1], other[1]), max(one[2], other[2])
+
+
+def _against_float64(model: nn.Module, trial: Trial, index: int, theirs: Tensor) -> tuple[float, float]:
+    """Return how far one output is from float64, as a part of the largest: PyTorch's at worst, and onnxruntime's.
+
+    PyTorch may be lucky with one input, so it is asked for the same inputs again and again, each a millionth off.
+    Where the network does not run in float64, both are 0 and infinity.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+
+    def moved(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor * (1 + 1e-6 * torch.randn(tensor.shape, generator=generator))
+
+    nearby = trial.inputs.resized(_LARGEST_BATCH).map(moved)
+    wide = copy_module(model).double()
+    try:
+        exact, exact_nearby = (_output(wide, _widened(inputs), index) for inputs in (trial.inputs, nearby))
+    except Exception:  # a forward that makes a constant in float32 raises whatever it likes
+        return 0.0, float("inf")
+    return _distance(_output(model, nearby, index), exact_nearby), _distance(theirs, exact)
+
+
+def _widened(inputs: Inputs) -> Inputs:
+    return inputs.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+
+def _output(model: nn.Module, inputs: Inputs, index: int) -> Tensor:
+    return named_outputs(model(*inputs.args, **inputs.kwargs))[index][1].double()
+
+
+def _distance(output: Tensor, exact: Tensor) -> float:
+    """Return the largest difference as a part of the largest exact value."""
+    return float((output.double() - exact).abs().max() / exact.abs().max())
 
 
 def _difference(ours: Tensor, theirs: Tensor, *, name: str, where: str) -> tuple[float, float]:

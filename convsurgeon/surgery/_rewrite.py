@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from convsurgeon import ops
-from convsurgeon.errors import PlanError, UnsupportedConvError
+from convsurgeon.errors import NothingToConvertError, PlanError, UnsupportedConvError
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.progress import Progress, Report, be_silent
 from convsurgeon.record import read_record, update_record
@@ -134,6 +134,8 @@ def _find_donors(model: nn.Module, the_plan: Plan) -> list[tuple[Decision, Donor
     tied, registered = shared_weights(model), set(model.modules())
     by_name = {fqn: fqns for fqns in modules for fqn in fqns}
     kernels = Names(model)
+    if not the_plan.converted:
+        raise NothingToConvertError(f"the plan for {the_plan.model} converts nothing; change a decision in it")
     replacements: list[tuple[Decision, Donor, nn.Module | Tensor]] = []
     for decision in the_plan.decisions:
         kernel = kernels.kernels.get(kernels.by_name.get(decision.fqns[0], -1))
