@@ -70,7 +70,7 @@ def test_pickled_module(command: Command, tmp_path: Path) -> None:
     check_onnx(tmp_path / "mine.onnx", tmp_path / "RUN/student.pt")
 
 
-@pytest.mark.parametrize("command", ["installed", pytest.param("in this process", marks=SLOW)], indirect=True)
+@pytest.mark.parametrize("command", ["in this process", pytest.param("installed", marks=SLOW)], indirect=True)
 def test_state_dict(command: Command, tmp_path: Path) -> None:
     named = ("mynet:Net", "--weights", "w.pth")
     converted = command("convert", *named, "--to", "shift", "--input-shape", "1,3,16,16").done()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
-from convsurgeon.ops import TENSOR_METADATA
+from convsurgeon.ops import TENSOR_METADATA, AbstractCheapConv
 from convsurgeon.spec import ConvSpec, Pair
 
 CONVOLUTIONS = {
@@ -71,9 +71,14 @@ class Watch(TorchFunctionMode):
     """Notes every functional convolution, and every other use of the watched tensors, while it is entered.
 
     Looking at a tensor's shape, dtype or device is no use.
+
+    Args:
+        watched: the tensors, by their ids.
+        known: the modules of the model; others are held where no walk finds them.
     """
 
     watched: Mapping[int, Tensor]
+    known: Container[nn.Module]
     convolutions: list[Use] = field(default_factory=list)
     others: list[Use] = field(default_factory=list)
     on_convolution: Callable[[Use], None] = lambda use: None
@@ -92,12 +97,12 @@ class Watch(TorchFunctionMode):
                 self.on_convolution(self.convolutions[-1])
         for tensor in _arguments(args, kwargs):
             if id(tensor) in self.watched and tensor is not kernel and not is_metadata(func):
-                found = caller()
+                found = caller(self.known)
                 self.others.append(Use(name_of(func), found.owner, found.where, tensor, is_convolution=False))
         return func(*args, **kwargs)
 
     def _describe(self, func: Any, arguments: Mapping[str, Any]) -> Use:
-        found = caller()
+        found = caller(self.known)
         weight, x = arguments["weight"], arguments["input"]
         tensor = self.watched.get(id(weight))
         if func is not torch.conv2d:
@@ -106,6 +111,8 @@ class Watch(TorchFunctionMode):
         size = (int(x.shape[-2]), int(x.shape[-1]))
         if found.in_autograd_function:
             problem = "it runs inside an autograd.Function, whose backward is not known"
+        elif found.stray is not None:
+            problem = f"a {type(found.stray).__name__} that is no submodule of the model; register it as one"
         elif tensor is None:
             problem = "its kernel is computed when it runs"
         return Use("conv2d", found.owner, found.where, tensor, spec, problem, size)
@@ -189,19 +196,27 @@ class Caller(NamedTuple):
     owner: nn.Module | None
     where: str
     in_autograd_function: bool
+    stray: nn.Module | None
 
 
-def caller() -> Caller:
-    """Return who is running, as the frames of this thread tell."""
+def caller(known: Container[nn.Module] | None = None) -> Caller:
+    """Return who is running, as the frames of this thread tell.
+
+    Args:
+        known: the modules that may be the answer; the first other one on the way is the stray. None: all.
+    """
     where, frame = "", inspect.currentframe()
     owner: nn.Module | None = None
-    in_function = False
+    in_function, stray = False, None
     while frame is not None and owner is None:
         code: types.CodeType = frame.f_code
         if not where and not code.co_filename.startswith(_LIBRARY):
             where = f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"
         first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        owner = first if isinstance(first, nn.Module) else None
+        if isinstance(first, nn.Module) and (known is None or first in known):
+            owner = first
+        elif isinstance(first, nn.Module) and not isinstance(first, AbstractCheapConv):
+            stray = stray or first
         in_function = in_function or isinstance(first, FunctionCtx)
         frame = frame.f_back
-    return Caller(owner, where, in_function)
+    return Caller(owner, where, in_function, stray)

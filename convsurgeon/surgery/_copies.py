@@ -31,8 +31,9 @@ def shadow(model: nn.Module) -> nn.Module:
         SurveyError: if the model cannot be copied.
     """
     memo: dict[int, Any] = {}
+    sharing = {id(parameter) for group in sharing_storage(model) for parameter in group}
     for parameter in model.parameters():
-        if type(parameter) is nn.Parameter and _may_be_copied_on_write(parameter):
+        if type(parameter) is nn.Parameter and id(parameter) not in sharing and _may_be_copied_on_write(parameter):
             memo[id(parameter)] = nn.Parameter(parameter.detach()._lazy_clone(), parameter.requires_grad)
     return copy_module(model, memo).eval()
 
@@ -48,6 +49,16 @@ def _may_be_copied_on_write(tensor: Tensor) -> bool:
     return tensor.untyped_storage().resizable() and not tensor.is_shared()  # type: ignore[no-untyped-call]
 
 
+def sharing_storage(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Return the parameters that are several objects over one storage, as `Parameter(other.weight)` makes them."""
+    groups: dict[int, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        plain = type(parameter) is nn.Parameter and parameter.layout is torch.strided and not parameter.is_meta
+        if plain and parameter.numel():
+            groups.setdefault(parameter.untyped_storage()._cdata, []).append(parameter)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Return `copy.deepcopy(model, memo)`, with one clear line where that fails.
 
@@ -57,11 +68,22 @@ def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
         SurveyError: if the model cannot be copied.
     """
     memo = {} if memo is None else memo
+    for group in sharing_storage(model):
+        storage = group[0].untyped_storage().clone()  # type: ignore[no-untyped-call]
+        for parameter in group:
+            # deepcopy would give each a storage of its own
+            view = (
+                parameter.new_empty(0)
+                .detach()
+                .set_(storage, parameter.storage_offset(), parameter.size(), parameter.stride())
+            )
+            memo.setdefault(id(parameter), nn.Parameter(view, parameter.requires_grad))
     for module in model.modules():
         for value in (*vars(module).values(), *module.buffers(recurse=False)):
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo.setdefault(id(value), value.detach().clone())
-    return copy_value(model, memo, owner=type(model).__name__)
+    with untouched_random_state():  # a __deepcopy__ of the model's own may build itself anew
+        return copy_value(model, memo, owner=type(model).__name__)
 
 
 def copy_value(value: T, memo: dict[int, Any], *, owner: str) -> T:
@@ -94,10 +116,11 @@ def call(
     )
     with torch.no_grad(), untouched_random_state(), eager, watch or contextlib.nullcontext():
         if isinstance(inputs, tuple):
-            return model(*inputs)
-        if isinstance(inputs, dict):
-            return model(**inputs)
-        return model(inputs)
+            output = model(*inputs)
+        else:
+            output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+        # a generator has done nothing yet
+        return list(output) if isinstance(output, Iterator) else output
 
 
 @contextlib.contextmanager

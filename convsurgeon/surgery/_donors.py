@@ -152,7 +152,7 @@ def _inside(module: nn.Conv2d, copied: nn.Conv2d, runs: Sequence[tuple[Tensor, C
     """Return the convolution in a module that does more: its weight is used there as it is, and nowhere else."""
     weight = copied.weight
     for training in (False, True):
-        watch = Watch({id(weight): weight})
+        watch = Watch({id(weight): weight}, set(copied.modules()))
         call(copied.train(training), runs[0][0], watch)
         if watch.others:
             raise _Refusal(f"{what} also uses its weight in {watch.others[0].function}")

@@ -30,16 +30,20 @@ class GuardReport:
         not_called: ops that the student did not call, where the model called the convolution: control flow
             on values may turn another way.
         not_trained: why train mode was not compared, or None if it was.
+        tensors: how many output tensors were compared in eval mode.
     """
 
     inputs: str | None
     data_dependent: tuple[str, ...] = ()
     not_called: tuple[str, ...] = ()
     not_trained: str | None = None
+    tensors: int = 0
 
     def __str__(self) -> str:
         if self.inputs is None:
             return "the outputs were not compared: no input was given, and none was found that the model takes"
+        if not self.tensors:
+            return f"the outputs on {self.inputs} hold no tensor that could be compared"
         modes = "in eval and in train mode" if self.not_trained is None else "in eval mode"
         parts = [f"on {self.inputs} all outputs have the structure, dtypes and sizes of the original's {modes}"]
         if self.not_trained is not None:
@@ -87,13 +91,20 @@ def compare_outputs(
     except Exception as error:  # whatever a foreign forward raises
         not_trained = f"the model itself does not run that way: {one_line(error)}"
     del teacher
-    copied = shadow(student)
+    try:
+        copied = shadow(student)
+    except SurveyError as error:
+        raise GuardError(
+            f"the student cannot be copied, though the model can ({error.__cause__ and one_line(error.__cause__)}): "
+            "a __deepcopy__ that builds a module anew does not know of its ops; let it copy what the module holds"
+        ) from error
     calls = note_calls(copied)
     loose = _compare(copied, model, inputs, expected, what=what, training=False)
     not_called = _not_called(model, calls, inputs)
     if expected_in_training is not None:
         loose += _compare(copied, model, batch, expected_in_training, what=f"{what}, in train mode", training=True)
-    return GuardReport(what, tuple(dict.fromkeys(loose)), not_called, not_trained)
+    tensors = sum(leaf.shape is not None for leaf in expected)
+    return GuardReport(what, tuple(dict.fromkeys(loose)), not_called, not_trained, tensors)
 
 
 def _run_teacher(

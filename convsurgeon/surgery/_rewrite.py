@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from convsurgeon import ops
-from convsurgeon.errors import NothingToConvertError, PlanError, UnsupportedConvError
+from convsurgeon.errors import NothingToConvertError, PlanError, SurveyError, UnsupportedConvError
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.progress import Progress, Report, be_silent
 from convsurgeon.record import read_record, update_record
@@ -123,6 +123,8 @@ def _carry_out(model: nn.Module, the_plan: Plan, *, initialize: bool) -> nn.Modu
             _take_over(replaced, memo[id(replaced)], memo, dropped=donor.dropped)
     _follow_bound_methods(model, memo)
     student = copy_module(model, memo)
+    for decision, _, replaced in replacements:
+        _see_to_it(student, decision, memo[id(replaced)], is_module=isinstance(replaced, nn.Module))
     _register_where_kernels_were(student)
     update_record(student, plan=_merged(plan_of(model), the_plan).to_dict())
     return student
@@ -219,6 +221,26 @@ def _follow_bound_methods(model: nn.Module, memo: dict[int, Any]) -> None:
         for value in vars(module).values():
             if isinstance(value, MethodType) and isinstance(memo.get(id(value.__self__)), AbstractCheapConv):
                 memo[id(value)] = getattr(memo[id(value.__self__)], value.__name__, value)
+
+
+def _see_to_it(student: nn.Module, decision: Decision, op: AbstractCheapConv, *, is_module: bool) -> None:
+    """Put an op where a plan wants it, if a `__deepcopy__` of the model's own has copied past the memo."""
+    for fqn in decision.fqns:
+        parent_name, _, name = fqn.rpartition(".")
+        if student is op or fqn == "":
+            continue
+        try:
+            parent = student.get_submodule(parent_name)
+        except AttributeError as error:
+            raise SurveyError(
+                f"a copy of this {decision.fqn} cannot be found: a __deepcopy__ on the way gives a model without "
+                f"{parent_name}; let it copy its submodules"
+            ) from error
+        if is_module:
+            parent._modules[name] = op
+        else:
+            kind = "_buffers" if name in parent._buffers else "_parameters"
+            parent.__dict__[kind][name] = op
 
 
 def _register_where_kernels_were(student: nn.Module) -> None:

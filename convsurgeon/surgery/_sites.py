@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 from convsurgeon import ops
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import ConvSpec, Pair
+from convsurgeon.surgery._copies import sharing_storage
 from convsurgeon.surgery._donors import Donor, find_donor, has_op_for_kernel, type_name
 
 _REGISTRIES = frozenset(vars(nn.Module()))
@@ -173,12 +175,29 @@ def find_module(model: nn.Module, site: Site) -> nn.Module:
 
 
 def shared_weights(model: nn.Module) -> dict[int, str]:
-    """Map the id of every weight tensor that two modules own to the names of its owners."""
+    """Map the id of every weight tensor that two modules own, or that overlaps with another, to all the names."""
     owners: dict[int, list[str]] = {}
     for fqn, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(f"{fqn}.{name}".lstrip("."))
+    for group in sharing_storage(model):
+        for one, other in itertools.combinations(group, 2):
+            if one is not other and _overlap(one, other):
+                both = [*owners[id(one)], *(name for name in owners[id(other)] if name not in owners[id(one)])]
+                owners[id(one)] = owners[id(other)] = both
     return {key: " and ".join(fqns) for key, fqns in owners.items() if len(fqns) > 1}
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    (first, last), (start, end) = _extent(one), _extent(other)
+    return first <= end and start <= last
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Return the places of the first and the last number in the storage."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+    start = int(tensor.storage_offset())
+    return start, start + int(reach)
 
 
 def _tie(module: nn.Module, tied: dict[int, str]) -> str | None:

@@ -143,7 +143,8 @@ def _observe(model: nn.Module, names: Names, example_inputs: ExampleInputs) -> _
         if kernel is not None and use.input_size is not None:
             sizes[kernel] = (*sizes.get(kernel, ()), use.input_size)
 
-    watch = Watch(names.kernels, on_convolution=note_functional)
+    known = {*model.modules(), *(part for module, _ in sites for part in module.modules())}
+    watch = Watch(names.kernels, known, on_convolution=note_functional)
     try:
         output = describe_output(call(model, example_inputs, watch))
     except Exception as error:

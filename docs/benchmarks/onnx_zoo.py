@@ -48,7 +48,10 @@ Row = dict[str, Any]
 HERE = Path(__file__).parent
 OP = "depthwise"
 SIZES = (64, 96, 128, 160, 192, 224, 240, 256, 299, 384)  # pixels; the first that the model takes
-BATCH, BATCHES = 8, 2  # what settles the batch norms
+BATCH, BATCHES = (
+    32,
+    4,
+)  # what settles the batch norms; after 16 images, others sent deep networks' outputs into thousands
 # small members of forty families with standard convolutions, and four whose families have none but the stem
 TIMM = """
     resnet18 resnext26ts res2net50_14w_8s seresnet18 resnest14d skresnet18 resnetv2_50x1_bit resnetv2_50d_gn

@@ -31,10 +31,10 @@ which goes on where it stopped; `report` renders the rows that are there.
 
 METHOD = """\
 How it was done: constant parameters were given noise, since a branch scaled by zero would hide what lies behind it;
-batch-norm statistics are those of 16 random images, estimated anew for the student; layers of networks without any norm
-are scaled to outputs of standard deviation 1. Inputs are the smallest of 64 to
-384 pixels that the network takes. Where every convolution is kept by default, the stem was converted on request
-(`mapping`), so that there is a student to export. *Difference* is the worst over outputs and two batch sizes, as a
+batch-norm statistics are those of 128 random images, estimated anew for the student; layers of networks without any
+norm are scaled to outputs of standard deviation 1. Inputs are the smallest of 64 to 384 pixels that the network takes.
+Where every convolution is kept by default, the stem was converted on request (`mapping`), so that there is a student
+to export. *Difference* is the worst over outputs and two batch sizes, as a
 part of the largest output, dense and student; *varies* is how much the student's outputs differ between two images, in
 the same unit: agreement means something where it is far larger than the difference. *Norms* are batch norms that
 follow a convolution and are left, since something else reads that convolution too. One process a network, one thread.

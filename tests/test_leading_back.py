@@ -1,0 +1,130 @@
+"""Ways in which a copy leads back to the model, or past the plan: each is followed, named or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from nets import Witness, conv
+from torch import Tensor, nn
+
+import convsurgeon as cs
+from convsurgeon.ops import AbstractCheapConv
+from convsurgeon.surgery import check_outputs, survey
+
+X = torch.linspace(-1, 1, 2 * 8 * 36).reshape(2, 8, 6, 6)
+
+
+def test_a_tie_through_the_storage_is_a_tie_and_stays_one() -> None:
+    model = nn.Sequential(conv(8, 8), conv(8, 8), conv(8, 8))
+    model[1].weight = nn.Parameter(model[0].weight)
+    assert model[1].weight is not model[0].weight
+    obstacle = "its weight is tied, and stays so: 0.weight and 1.weight are one tensor"
+    assert [site.obstacle for site in survey(model).sites] == [obstacle, obstacle, None]
+    student = cs.rewrite(model, example_inputs=X)
+    with torch.no_grad():
+        student[0].weight.add_(1)
+    assert torch.equal(student[1].weight, student[0].weight)
+    assert not torch.equal(student[0].weight, model[0].weight)
+
+
+def test_parameters_that_lie_side_by_side_in_one_storage_are_no_tie() -> None:
+    model = nn.Sequential(conv(8, 8), conv(8, 8))
+    together = torch.randn(2, 8, 8, 3, 3)
+    for layer, weight in zip(model, together, strict=True):
+        layer.weight = nn.Parameter(weight)
+    student = cs.rewrite(model, keep="0", example_inputs=X)
+    assert torch.equal(student[0].weight, model[0].weight)
+    assert isinstance(student[1], AbstractCheapConv)
+
+
+class Holder:
+    """Holds a module where no walk goes."""
+
+    __slots__ = ("layer",)
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+
+class Hidden(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(8, 8)
+        self.holder = Holder(conv(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.holder.layer(self.conv(x))
+
+
+@pytest.mark.parametrize("given", [X, None])
+def test_a_convolution_where_no_walk_goes_is_named(given: Tensor | None) -> None:
+    found = survey(Hidden(), example_inputs=given)
+    assert [(site.fqn, site.obstacle) for site in found.sites] == [
+        ("conv", None),
+        ("(root).conv2d()", "a Conv2d that is no submodule of the model; register it as one"),
+    ]
+
+
+class CopiedPastTheMemo(nn.Module):
+    """Has a `__deepcopy__` that keeps its modules, but asks the memo for none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(8, 8)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiedPastTheMemo:
+        made = type(self)()
+        torch.rand(3)
+        made.conv = self.conv if isinstance(self.conv, AbstractCheapConv) else conv(8, 8)
+        if isinstance(self.conv, AbstractCheapConv):
+            made.conv = type(self.conv).from_conv(conv(8, 8), self.conv.options)
+        made.load_state_dict(self.state_dict())
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+def test_a_deepcopy_of_the_models_own_is_seen_to() -> None:
+    model = nn.Sequential(CopiedPastTheMemo(), conv(8, 8))
+    witness = Witness(model)
+    student = cs.rewrite(model, "shift", example_inputs=X)
+    witness.check()
+    for decision in cs.plan_of(student).converted:
+        assert isinstance(student.get_submodule(decision.fqn), AbstractCheapConv)
+
+
+def test_a_deepcopy_that_builds_anew_is_refused() -> None:
+    class Anew(CopiedPastTheMemo):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Anew:
+            made = type(self)()
+            made.load_state_dict(self.state_dict())
+            return made
+
+    with pytest.raises(cs.errors.GuardError, match="a __deepcopy__ that builds a module anew") as caught:
+        cs.rewrite(nn.Sequential(Anew()), "shift", example_inputs=X)
+    assert "\n" not in str(caught.value)
+
+
+class Generating(nn.Module):
+    def __init__(self, columns: int = 6) -> None:
+        super().__init__()
+        self.conv, self.columns = conv(8, 8), columns
+
+    def forward(self, x: Tensor) -> Iterator[Tensor]:
+        yield self.conv(x)[..., : self.columns]
+
+
+def test_a_generator_is_run_and_no_tensor_is_no_proof() -> None:
+    assert check_outputs(Generating(), Generating(), X).tensors == 1
+    with pytest.raises(cs.errors.GuardError, match=r"output\[0\] has size \(2, 8, 6, 5\)"):
+        check_outputs(Generating(), Generating(5), X)
+
+    class Silent(Generating):
+        def forward(self, x: Tensor) -> str:
+            return str(self.conv(x).shape)
+
+    assert "hold no tensor that could be compared" in str(check_outputs(Silent(), Silent(), X))
