@@ -128,3 +128,39 @@ def test_a_generator_is_run_and_no_tensor_is_no_proof() -> None:
             return str(self.conv(x).shape)
 
     assert "hold no tensor that could be compared" in str(check_outputs(Silent(), Silent(), X))
+
+
+class Calling(nn.Conv2d):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 3
+
+
+def test_what_call_does_besides_forward_stays() -> None:
+    model = nn.Sequential(conv(8, 8), Calling(8, 8, 3, padding=1))
+    student = cs.rewrite(model, "depthwise", example_inputs=X)
+    assert cs.plan_of(student).converted[-1].fqn == "1.weight"
+    with torch.no_grad():
+        model[0].load_state_dict({"weight": student[0].as_dense(), "bias": student[0].bias})
+        model[1].weight.copy_(student[1].weight.as_dense())
+        torch.testing.assert_close(student(X), model(X), rtol=1e-4, atol=1e-5)  # float32
+
+
+class Roundabout(nn.Module):
+    """Calls its convolutions by all back doors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.flag = conv(8, 8), conv(8, 8), conv(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.Conv2d.forward(self.one, x)
+        x = self.two._conv_forward(x, self.two.weight, self.two.bias)
+        return self.flag(x) if self.flag.weight.requires_grad else x
+
+
+def test_back_doors_of_a_convolution() -> None:
+    student = cs.rewrite(Roundabout(), "shift", example_inputs=X)
+    assert isinstance(student.one, AbstractCheapConv)
+    with torch.no_grad():
+        expected = student.flag(student.two(student.one(X)))
+        assert torch.equal(student(X), expected), "as with gradients, so without"

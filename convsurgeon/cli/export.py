@@ -117,8 +117,11 @@ def _draw(delivery: Delivery, timings: list[Latency]) -> None:
     parity = delivery.parity
     what = "random and real inputs" if parity.real_images else "random inputs only"
     tell(f"{delivery.path}: {delivery.bytes / 1e6:.3f} MB, opset {delivery.opset}")
+    allowed = f"allowed {parity.tolerance:.0e}"
+    if parity.rounding:
+        allowed += f", and 4 times PyTorch's own rounding here, {parity.rounding:.1e}"
     tell(
-        f"parity: {parity.max_rel:.1e} of the largest output (allowed {parity.tolerance:.0e}), "
+        f"parity: {parity.max_rel:.1e} of the largest output ({allowed}), "
         f"batches of {', '.join(map(str, parity.batches))}, {what}"
     )
     for timing in timings:

@@ -26,7 +26,7 @@ from convsurgeon.errors import ExportError, OutputError, SurveyError, one_line
 from convsurgeon.files import refuse_to_overwrite, write_atomically
 from convsurgeon.progress import Progress, Report, be_silent
 from convsurgeon.record import read_record
-from convsurgeon.surgery._copies import copy_module
+from convsurgeon.surgery import copy_module
 
 _LARGEST_FILE = 2_000_000_000  # bytes; protobuf ends at 2 GiB
 _STAGES = ("copy", "trace", "write", "compare")

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from convsurgeon.delivery._inputs import Inputs, is_batched
 from convsurgeon.errors import DataError, ExportError, ParityError, one_line
-from convsurgeon.surgery._copies import copy_module
+from convsurgeon.surgery import copy_module
 
 _BATCHES = (1, 3)
 _MOST_IMAGES = 64

@@ -75,7 +75,8 @@ def has_op_for_kernel(module: nn.Module) -> bool:
 
 def is_plain(module: nn.Conv2d) -> bool:
     """Whether a module is a Conv2d whose forward, weight and bias are `nn.Conv2d`'s own."""
-    own = all(getattr(type(module), name) is getattr(nn.Conv2d, name) for name in ("forward", "_conv_forward"))
+    methods = ("forward", "_conv_forward", "__call__")
+    own = all(getattr(type(module), name) is getattr(nn.Conv2d, name) for name in methods)
     untouched = "forward" not in vars(module) and "_conv_forward" not in vars(module)
     return own and untouched and all(name in module._parameters for name in ("weight", "bias"))
 

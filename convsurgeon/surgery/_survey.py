@@ -150,7 +150,7 @@ def _observe(model: nn.Module, names: Names, example_inputs: ExampleInputs) -> _
     except Exception as error:
         raise SurveyError(
             f"{type(model).__name__} itself fails on the example input {describe_inputs(example_inputs)}: "
-            f"{one_line(error)}; give an input that it takes"
+            f"{one_line(error)}; give an input that it takes (a copy is run, which must work like the model)"
         ) from error
     finally:
         for handle in handles:
