@@ -62,6 +62,8 @@ def refuse_to_overwrite(path: str | Path, *, force: bool = False) -> Path:
     path = Path(path)
     if path.exists() and not force:
         raise OutputError(f"{path} exists already; choose another name or say --force")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} is no regular file; choose another name")
     return path
 
 

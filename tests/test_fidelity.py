@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import convsurgeon as cs
 from convsurgeon import storage
 from convsurgeon.errors import ModelError
 from convsurgeon.record import read_record, update_record
@@ -347,3 +348,22 @@ def test_a_copy_is_not_the_original() -> None:
         changed = copy.deepcopy(model)
         change(changed)
         assert (places(model), modes(model)) != (places(changed), modes(changed)), change.__name__
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda net: setattr(net, "maxpool", nn.Identity()), r"maxpool is Identity\(\), there MaxPool2d\("),
+        (lambda net: setattr(net.conv1, "stride", (1, 1)), "conv1 is Conv2d"),
+        (lambda net: setattr(net.bn1, "eps", 1e-3), "bn1 is BatchNorm2d"),
+        (lambda net: setattr(net, "fc", nn.Linear(512, 7)), "fc is Linear"),
+    ],
+)
+def test_what_its_name_no_longer_makes_is_not_saved_under_it(change: Any, where: str, tmp_path: Path) -> None:
+    net = cs.load("torchvision:resnet18", model_args={"num_classes": 10})
+    change(net)
+    student = cs.rewrite(net, "depthwise", keep="layer1.*")
+    with pytest.raises(cs.errors.ModelError, match=f"no longer what torchvision:resnet18 builds: {where}"):
+        cs.save(student, tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
+    cs.save(student, tmp_path / "a.pt")

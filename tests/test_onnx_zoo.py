@@ -67,7 +67,7 @@ def test_a_worker_that_lacks_memory_is_a_row(zoo: ModuleType) -> None:
     row = zoo.run_one("timm:resnet18", seconds=120, memory=10**6)
     # what runs out first depends on the machine: an allocation, or what oneDNN makes of one
     assert any(said in row["error"] for said in ("alloc", "MemoryError", "could not create a primitive"))
-    assert row["stage"] == "build"
+    assert row["stage"] in ("build", "dense")
 
 
 def test_no_parameter_is_left_a_constant_and_no_statistics_as_they_were(zoo: ModuleType) -> None:

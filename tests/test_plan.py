@@ -333,3 +333,14 @@ def test_a_plan_is_frozen_and_can_be_edited_into_another() -> None:
     fewer = replace(found, decisions=found.decisions[:2])
     assert len(fewer.converted) == 1
     assert len(found.converted) == 3
+
+
+def test_an_edited_plan_says_so() -> None:
+    data = plan(Small(), "shift").to_dict()
+    by_name = {item["fqns"][0]: item for item in data["decisions"]}
+    by_name["stem"]["op"] = "depthwise"
+    by_name["last"]["op"] = None
+    found = {d.fqn: (d.op, d.label, d.reason) for d in Plan.from_dict(data).decisions}
+    assert found["stem"] == ("depthwise", "converted", "as the plan was edited to say")
+    assert found["last"] == (None, "kept by the plan", "as the plan was edited to say")
+    assert found["conv1"][1] == "converted"

@@ -11,7 +11,7 @@ import typer
 from convsurgeon.cli import _arguments as arguments
 from convsurgeon.cli._arguments import DEFAULT_OP
 from convsurgeon.cli._drawing import big, console, emit, fewer, say, tell
-from convsurgeon.errors import OptionError
+from convsurgeon.errors import OptionError, OutputError
 
 if TYPE_CHECKING:
     from convsurgeon.surgery import Plan, Survey
@@ -51,19 +51,21 @@ def run(
     ops.get(to or DEFAULT_OP)  # a name that does not exist is told before a large model is loaded
     network = load_model(model, weights=weights, model_arg=model_arg, trust=trust, trust_module=trust_module)
     example = example_for(network, input_shape)
-    if example is None:
-        say("note: no input shape is known, so there are no sizes and no MACs; say --input-shape 1,3,224,224 for them")
     found = survey(network, example_inputs=example)
     the_plan = ready or make_plan(found, to or DEFAULT_OP, **selectors(keep, only, mapping, option))
     target = output or default_output(network, model, the_plan.tag)
     plan_file = target.parent / f"{target.stem}.plan.json"
     if not dry_run:
+        if target.exists() and Path(model).exists() and target.samefile(model):
+            raise OutputError(f"{target} is the model itself; choose another name with -o, so that none is lost")
         refuse_to_overwrite(target, force=force)
         refuse_to_overwrite(plan_file, force=force)
     checked: list[str] = []
     student = rewrite(
         network, the_plan, example_inputs=example, report=lambda event: checked.append(event.message or "")
     )
+    if example is None:
+        say("note: no input shape is known, so there are no sizes and no MACs; say --input-shape 1,3,224,224 for them")
     written = {}
     if not dry_run:
         save(student, target, force=force, example_inputs=example)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from convsurgeon.errors import ConvSurgeonError, ModelError, UntrustedFileError
@@ -41,7 +42,13 @@ class _Header:
 
 
 def write_student(model: nn.Module, path: Path) -> None:
-    """Write the tensors of a model that was built from a name, and its record."""
+    """Write the tensors of a model that was built from a name, and its record.
+
+    Raises:
+        ModelError: if the model is another by now than the one that its name and its plan make.
+    """
+    layout = describe_layout(model)
+    _check_that_it_is_what_its_name_says(model, layout, path)
     tensors = dict(model.state_dict())
     if strange := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
         raise ModelError(f"{strange[0]} of {type(model).__name__} is no tensor; save it as a pickled module (.pt)")
@@ -52,9 +59,45 @@ def write_student(model: nn.Module, path: Path) -> None:
         "version": _VERSION,
         "record": json.dumps({key: record[key] for key in sorted(record)}),
         "frozen": json.dumps(frozen),
-        "layout": json.dumps(describe_layout(model)),
+        "layout": json.dumps(layout),
     }
     write_safetensors(path, tensors, metadata)
+
+
+def _check_that_it_is_what_its_name_says(model: nn.Module, layout: Mapping[str, Any], path: Path) -> None:
+    """Build the architecture anew, and compare every module's class and description with the model's."""
+    source = read_record(model)["source"]
+    fresh = _rebuilt(model, source, layout, path)
+    theirs = {fqn: _description(module) for fqn, module in fresh.named_modules(remove_duplicate=False)}
+    mine = {fqn: _description(module) for fqn, module in model.named_modules(remove_duplicate=False)}
+    for fqn in dict.fromkeys([*mine, *theirs]):
+        if mine.get(fqn) != theirs.get(fqn):
+            raise ModelError(
+                f"the model is no longer what {source['name']} builds: {fqn or '(root)'} is {mine.get(fqn) or 'gone'}, "
+                f"there {theirs.get(fqn) or 'nothing'}; save it as a pickled module (.pt)"
+            )
+
+
+def _rebuilt(model: nn.Module, source: Mapping[str, Any], layout: Mapping[str, Any], path: Path) -> nn.Module:
+    architecture = parse_name(source["name"])
+    if architecture is None:
+        raise ModelError(f"{source['name']!r}, which this {type(model).__name__} remembers, is no architecture")
+    plan = read_record(model).get("plan")
+    for device in ("meta", "cpu"):  # without memory, if the architecture can be built so
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device(device), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                fresh = architecture.build(dict(source.get("args", {})))
+                share_modules(path, fresh, layout)
+                return fresh if plan is None else rebuild(fresh, Plan.from_dict(plan))
+        except Exception:
+            if device == "cpu":
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _description(module: nn.Module) -> str:
+    return f"{type(module).__qualname__}({module.extra_repr()})"
 
 
 def read_student(path: Path, *, trust: bool, trust_modules: Sequence[str]) -> nn.Module:

@@ -23,6 +23,7 @@ from convsurgeon.surgery._survey import Survey, survey
 _FORMAT, _VERSION = "convsurgeon-plan", 1
 # an input so large that borders do not matter: costs are compared by geometry and stride alone
 _NOMINAL_SIZE = 1024
+_CONVERTED = "converted"
 # the labels of what is kept by default only, and by no limit of the op's
 _OVERRIDABLE = ("stem", "no gain")
 
@@ -220,7 +221,7 @@ def _decide(site: Site, selectors: Selectors) -> Decision:
     if ratio < 1 and mapped is None:
         return _keep(site, "no gain", f"{name} would cost {1 / ratio:.2f}x the MACs of the dense convolution")
     reason = "; ".join([_converted_reason(ratio, wished, options), *([site.note] if site.note else [])])
-    return Decision(site.fqns, site.spec, name, "converted", reason, asdict(options))
+    return Decision(site.fqns, site.spec, name, _CONVERTED, reason, asdict(options))
 
 
 def default_keep(site: Site) -> str | None:
@@ -292,11 +293,14 @@ def _decision(item: Any) -> Decision:
         raise ValueError(f"fqns must be a list of names, got {shown(fqns)}")
     if op is not None and (not is_text(op) or item["spec"] is None):
         raise ValueError(f"op must be a name, with a spec, or null, got {shown(op)}")
+    label, reason = text_of(item, "label"), text_of(item, "reason")
+    if (op is not None) != (label == _CONVERTED):  # somebody has set or taken away the op, and left the rest
+        label, reason = (_CONVERTED if op is not None else "kept by the plan"), "as the plan was edited to say"
     return Decision(
         fqns=tuple(fqns),
         spec=parse_spec(item["spec"]) if item["spec"] is not None else None,
         op=op,
-        label=text_of(item, "label"),
-        reason=text_of(item, "reason"),
+        label=label,
+        reason=reason,
         options=parse_plain(options),
     )
