@@ -60,9 +60,13 @@ def refuse_to_overwrite(path: str | Path, *, force: bool = False) -> Path:
         OutputError: naming the file and the way out.
     """
     path = Path(path)
-    if path.exists() and not force:
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; choose another name") from error
+    if exists and not force:
         raise OutputError(f"{path} exists already; choose another name or say --force")
-    if path.exists() and not path.is_file():
+    if exists and not path.is_file():
         raise OutputError(f"{path} is no regular file; choose another name")
     return path
 

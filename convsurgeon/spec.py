@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsInt
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,13 +43,13 @@ class ConvSpec:
     def from_conv(cls, conv: nn.Conv2d) -> ConvSpec:
         """Read the geometry off a convolution, or off an op, which has the same attributes."""
         return cls(
-            in_channels=conv.in_channels,
-            out_channels=conv.out_channels,
+            in_channels=int(conv.in_channels),
+            out_channels=int(conv.out_channels),
             kernel_size=_pair(conv.kernel_size),
             stride=_pair(conv.stride),
             padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
             dilation=_pair(conv.dilation),
-            groups=conv.groups,
+            groups=int(conv.groups),
             bias=conv.bias is not None,
             padding_mode=conv.padding_mode,
         )
@@ -176,8 +176,8 @@ class ConvSpec:
 
 
 def _pair(value: Any) -> Pair:
-    if isinstance(value, int):
-        return value, value
+    if isinstance(value, SupportsInt):  # numpy's integers, too
+        return int(value), int(value)
     return int(value[0]), int(value[-1])  # torch takes a list of one, too
 
 

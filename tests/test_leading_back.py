@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nets import Witness, conv
@@ -164,3 +165,55 @@ def test_back_doors_of_a_convolution() -> None:
     with torch.no_grad():
         expected = student.flag(student.two(student.one(X)))
         assert torch.equal(student(X), expected), "as with gradients, so without"
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (torch.zeros(4, 8, 3, 3), "its weight is 4x8x3x3, and its attributes say 8x8x3x3; set them as the weight is"),
+        (torch.zeros(8, 8, 3, 3, dtype=torch.int8), "its weight is torch.int8, no floating-point tensor"),
+        (None, "it has no weight"),
+    ],
+)
+def test_a_weight_that_does_not_fit_is_an_obstacle(weight: Tensor | None, reason: str) -> None:
+    model = nn.Sequential(conv(8, 8), conv(8, 8))
+    model[1].weight = None if weight is None else nn.Parameter(weight, requires_grad=False)
+    assert [site.obstacle for site in survey(model).sites] == [None, reason]
+
+
+class Gain(nn.Conv2d):
+    """A gain that starts at one."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8, 3, padding=1)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain
+
+
+class Noise(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + torch.rand_like(weight) if self.training else weight
+
+
+def test_what_shows_only_later_is_found_now() -> None:
+    student = cs.rewrite(nn.Sequential(conv(8, 8), Gain()), example_inputs=X)
+    assert cs.plan_of(student).converted[-1].fqn == "1.weight"
+    noisy = nn.Sequential(conv(8, 8), conv(8, 8))
+    torch.nn.utils.parametrize.register_parametrization(noisy[1], "weight", Noise())
+    assert survey(noisy).sites[1].obstacle == "it changes its kernel in training"
+
+
+def test_channels_that_are_numpys_numbers() -> None:
+    model = nn.Sequential(nn.Conv2d(np.int64(8), np.int64(8), np.int64(3), padding=np.int64(1)))
+    plan = cs.plan(model)
+    assert cs.Plan.from_json(plan.to_json()) == plan
+    assert isinstance(cs.rewrite(model)[0].in_channels, int)
+
+
+def test_a_student_made_in_inference_mode_can_be_trained() -> None:
+    with torch.inference_mode():
+        student = cs.rewrite(nn.Sequential(conv(8, 8)), example_inputs=X)
+    student(X).sum().backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())

@@ -61,7 +61,7 @@ def find_donor(module: nn.Module) -> Donor | str:
     if any(tensor.is_complex() for tensor in module.parameters()):
         return "its weight is complex"
     if is_plain(module):
-        return Donor(module, ConvSpec.from_conv(module))
+        return _ill_formed(module) or Donor(module, ConvSpec.from_conv(module))
     try:
         return _probe(module)
     except _Refusal as refusal:
@@ -71,6 +71,20 @@ def find_donor(module: nn.Module) -> Donor | str:
 def has_op_for_kernel(module: nn.Module) -> bool:
     """Whether an op stands where a convolution had its kernel."""
     return "weight" in module._modules and isinstance(module._modules["weight"], AbstractCheapConv)
+
+
+def _ill_formed(module: nn.Conv2d) -> str | None:
+    """Return what is wrong with the weight of a plain convolution, as after pruning by hand, or None."""
+    spec, weight = ConvSpec.from_conv(module), module._parameters["weight"]
+    if weight is None:
+        return "it has no weight"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, no floating-point tensor"
+    expected = (spec.out_channels, spec.in_channels // spec.groups, *spec.kernel_size)
+    if tuple(weight.shape) != expected:
+        have, want = ("x".join(map(str, shape)) for shape in (weight.shape, expected))
+        return f"its weight is {have}, and its attributes say {want}; set them as the weight is"
+    return None
 
 
 def is_plain(module: nn.Conv2d) -> bool:
@@ -110,11 +124,14 @@ def _probe(module: nn.Conv2d) -> Donor:
     if any(not _same(made.arguments.get("bias"), bias) for _, made, _ in runs):
         raise _Refusal(f"{what} computes its bias from its input")
     _, trained, _ = train_run = (runs[0][0], *_run(copied.train(), runs[0][0], what))
-    if not how and not _same(trained.arguments["weight"], weight):
+    # power iterations go on in training, and the weight stays what it is for all that
+    if "SpectralNorm" not in (how or "") and not _same(trained.arguments["weight"], weight):
         raise _Refusal(f"{what} changes its kernel in training")
     if any(not torch.equal(tensor, before[name]) for name, tensor in copied.named_parameters()):
         raise _Refusal(f"{what} writes to its weight when it runs")
     direct = weight is copied._parameters.get("weight")
+    if direct:
+        runs += _with_other_parameters(copied, runs[0][0], what)
     padding = _padding(module, [*runs, train_run])
     if padding is None or any(not _same(made.output, out) for _, made, out in (*runs, train_run)):
         if not direct:
@@ -131,6 +148,17 @@ def _probe(module: nn.Conv2d) -> Donor:
     conv = plain_convolution(spec, own_weight, bias_of_its_own, training=module.training)
     dropped = {"forward", "_conv_forward", *(() if direct and own_bias else _ingredients(module))}
     return Donor(conv, spec, "; ".join(notes) or None, dropped=frozenset(dropped))
+
+
+def _with_other_parameters(copied: nn.Conv2d, x: Tensor, what: str) -> list[tuple[Tensor, Call, Tensor]]:
+    """Run once more with all but weight and bias changed: a gain that starts at one is none for now only."""
+    others = [p for name, p in copied.named_parameters() if name not in ("weight", "bias") and p.is_floating_point()]
+    if not others:
+        return []
+    with torch.no_grad():
+        for parameter in others:
+            parameter.add_(0.25)
+    return [(x, *_run(copied.eval(), x, what))]
 
 
 def _run(module: nn.Module, x: Tensor, what: str) -> tuple[Call, Tensor]:

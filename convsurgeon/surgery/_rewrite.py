@@ -13,6 +13,7 @@ from dataclasses import replace
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from convsurgeon import ops
@@ -44,6 +45,7 @@ _HOOKS = (
 )
 
 
+@torch.inference_mode(False)
 def rewrite(
     model: nn.Module,
     to: str | Plan = "depthwise",
@@ -95,6 +97,7 @@ def rewrite(
     return student
 
 
+@torch.inference_mode(False)
 def rebuild(model: nn.Module, the_plan: Plan) -> nn.Module:
     """Return what `rewrite` would, with the ops' parameters as they come from memory: weights must follow."""
     return _carry_out(model, the_plan, initialize=False)
