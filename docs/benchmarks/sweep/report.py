@@ -143,7 +143,7 @@ def _untrained(rows: Sequence[Row]) -> str:
     """Name the models whose outputs were compared in eval mode only, by why."""
     who: dict[str, list[str]] = {}
     for row in rows:
-        if why := row.get("untrained"):
+        if why := str(row.get("untrained") or "").partition("; left out")[0]:
             names = who.setdefault(why, [])
             names += [name] if (name := f"`{row['library']}:{row['name']}`") not in names else []
     lines = [f"- {_plain(why)}: {', '.join(names)}" for why, names in sorted(who.items())]
