@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pkgutil
 import re
 import subprocess
@@ -789,3 +790,13 @@ def test_what_is_not_converted_is_named_and_has_no_made_up_figures(tmp_path: Pat
     (row,) = [line for line in converted.out.splitlines() if line.startswith("│ up ")]
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells == ["up", "–", "kept", "–", "–", "ConvTranspose2d is not a Conv2d"]
+
+
+@pytest.mark.parametrize("arguments", [("ops",), ("ops", "--json")])
+def test_a_reader_that_leaves_is_no_mistake(arguments: tuple[str, ...]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "from convsurgeon.cli import main; main()"
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, "")

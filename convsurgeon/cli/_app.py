@@ -14,6 +14,7 @@ import typer
 from convsurgeon.errors import ConvSurgeonError, ModelError
 
 _INTERRUPTED = 130
+_NOBODY_READS = 141
 
 
 class _StoppedError(Exception):
@@ -46,6 +47,9 @@ def main() -> None:
     except ConvSurgeonError as error:
         _fail(str(error))
         sys.exit(2)
+    except BrokenPipeError:  # the reader has gone, as `| head` does; what Python still wants to say, nobody hears
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_NOBODY_READS)
     except (KeyboardInterrupt, _StoppedError) as error:
         _fail(str(error) or "stopped")
         sys.exit(_INTERRUPTED)
@@ -70,6 +74,8 @@ def _stoppable(run: Callable[..., None]) -> Callable[..., None]:
             run(*args, **kwargs)
         except KeyboardInterrupt as error:
             raise _StoppedError(str(error)) from error
+        except BrokenPipeError:
+            raise BrokenPipeError from None  # without a number, by which click would end the program with status 1
         except SystemExit as error:  # nobody here does that: code of the user's own, run by its import
             raise ModelError(
                 f"code that was imported ended the program by sys.exit({error.code!r}); "

@@ -23,11 +23,19 @@ _PLAIN_WIDTH = 160
 _PLAIN_SECONDS = 10.0
 
 
+class _Console(Console):
+    """A console that says it when nobody reads any more, and does not end the program by itself."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the program's end."""
+        raise BrokenPipeError
+
+
 def console(*, stderr: bool = False) -> Console:
     """Return a console that takes text as it is; where nobody looks at it, tables are wide enough not to wrap."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _PLAIN_WIDTH
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
+    return _Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
 
 
 def say(message: str) -> None:
@@ -42,7 +50,7 @@ def tell(message: str) -> None:
 
 def emit(data: Any) -> None:
     """Print one JSON object on stdout."""
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+    print(json.dumps(data, indent=2, ensure_ascii=False), flush=True)  # so that a reader that has gone is noticed
 
 
 class Drawing:
