@@ -445,8 +445,10 @@ class TestConvert:
         assert "student" not in outcome.out
 
     def test_dry_run_works_where_the_output_exists(self, program: Program) -> None:
-        (program.folder / "model.shift.pt").touch()
-        program("convert", "model.pt", *TRUST, "--to", "shift", "--dry-run").done()
+        existing = program.folder / "model.shift.pt"
+        existing.write_bytes(b"precious")
+        assert "2 converted" in program("convert", "model.pt", *TRUST, "--to", "shift", "--dry-run").done().out
+        assert existing.read_bytes() == b"precious"
 
     def test_json_is_all_there_is_on_stdout(self, program: Program) -> None:
         data = program("convert", "mynet:Net", "--to", "shift", "--json", *SHAPE).done().data

@@ -78,7 +78,7 @@ def find(name: str) -> zoo.Entry:
 
 def row(op: str = "depthwise", **facts: Any) -> rows.Row:
     """Return a good row, but for the facts given."""
-    base = {"library": "timm", "name": "net", "op": op, "mode": "real", "preserved": "yes", "fingerprint": "f"}
+    base = {"package": "timm", "name": "net", "op": op, "mode": "real", "preserved": "yes", "fingerprint": "f"}
     counts = {"found": 3, "standard": 2, "standard_subclass": 0, "converted": 2, "kept": {"stem": 1}}
     shown = {"without_reason": 0, "routes": {"module": 3, "fx": 3}, "untraced": [], "input": "1x3x32x32"}
     base |= {"shared_seconds": 1.0, "seconds": 0.5}
@@ -88,12 +88,12 @@ def row(op: str = "depthwise", **facts: Any) -> rows.Row:
 def answers(entry: zoo.Entry, ops: Any, *, device: str, emit: Any) -> None:
     """A worker that sends a good row for each op."""
     for op in ops:
-        emit("row", row(op, library=entry.library, name=entry.name, mode="meta" if device == "meta" else "real"))
+        emit("row", row(op, package=entry.package, name=entry.name, mode="meta" if device == "meta" else "real"))
 
 
 def aborts(entry: zoo.Entry, ops: Any, *, device: str, emit: Any) -> None:
     """A worker that dies after its first row, as a bug in compiled code makes it."""
-    emit("row", row(ops[0], library=entry.library, name=entry.name))
+    emit("row", row(ops[0], package=entry.package, name=entry.name))
     emit("stage", "group: rewrite")
     faulthandler.disable()  # pytest's would print all threads
     os.abort()
@@ -159,7 +159,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
     assert run(others[:1]) == 2
     with path.open("a") as file:
-        file.write('{"library": "timm", "name": "cut sho')  # as a kill leaves it
+        file.write('{"package": "timm", "name": "cut sho')  # as a kill leaves it
     assert run(others) == 2
     assert run(others) == 0
     assert len(rows.read_rows(path)) == 4

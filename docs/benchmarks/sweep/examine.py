@@ -60,7 +60,7 @@ def examine(entry: zoo.Entry, ops: Sequence[str], *, device: str, emit: Emit) ->
         emit: called with ("stage", what begins) and ("row", the row).
     """
     started = time.perf_counter()
-    facts: Row = {"library": entry.library, "name": entry.name, "family": entry.family}
+    facts: Row = {"package": entry.package, "name": entry.name, "family": entry.family}
     facts["mode"] = "meta" if device == "meta" else "real"
     try:
         case = _prepare(entry, facts, device=device, emit=emit)

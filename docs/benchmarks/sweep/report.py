@@ -27,7 +27,7 @@ def text_of(rows: Path) -> str:
 
 def render(rows: Sequence[Row], *, runs: Sequence[Row] = ()) -> str:
     """Return the whole page."""
-    rows = sorted(rows, key=lambda row: (row["library"] != "torchvision", row["library"], row["name"], row["op"]))
+    rows = sorted(rows, key=lambda row: (row["package"] != "torchvision", row["package"], row["name"], row["op"]))
     ops = sorted({row["op"] for row in rows})
     parts = [_HEAD, _totals(rows, ops, latest_run(runs)), _machine(rows, runs), _misses(rows), _reasons(rows, ops)]
     parts += [_not_run(rows), _meta(rows), _untrained(rows), _untraced(rows), _models(rows, ops)]
@@ -47,7 +47,7 @@ subclass are counted beside them."""
 
 
 def _models_of(rows: Iterable[Row]) -> int:
-    return len({(row["library"], row["name"]) for row in rows})
+    return len({(row["package"], row["name"]) for row in rows})
 
 
 def _totals(rows: Sequence[Row], ops: Sequence[str], run: Row | None) -> str:
@@ -98,7 +98,7 @@ def _machine(rows: Sequence[Row], runs: Sequence[Row]) -> str:
 def _misses(rows: Sequence[Row]) -> str:
     lines = ["## Misses", ""]
     for row in rows:
-        who = f"- `{row['library']}:{row['name']}`, {row['op']}: "
+        who = f"- `{row['package']}:{row['name']}`, {row['op']}: "
         if crashed(row):
             lines.append(f"{who}crashed. {_plain(row['error'])}")
         elif row["preserved"] == "no":
@@ -129,13 +129,13 @@ def _unrun(rows: Iterable[Row]) -> list[Row]:
 
 def _not_run(rows: Sequence[Row]) -> str:
     unrun = _unrun(rows)
-    lines = [f"- `{row['library']}:{row['name']}`, {row['op']}: {_plain(row['note'])}" for row in unrun]
+    lines = [f"- `{row['package']}:{row['name']}`, {row['op']}: {_plain(row['note'])}" for row in unrun]
     return "\n".join(["## Converted but not run", "", *lines]) if lines else ""
 
 
 def _meta(rows: Sequence[Row]) -> str:
     done = [row for row in rows if row["mode"] == "meta"]
-    lines = [f"- `{row['library']}:{row['name']}`, {row['op']}: {_plain(row['meta_because'])}" for row in done]
+    lines = [f"- `{row['package']}:{row['name']}`, {row['op']}: {_plain(row['meta_because'])}" for row in done]
     return "\n".join(["## On the meta device only", "", *lines]) if lines else ""
 
 
@@ -145,7 +145,7 @@ def _untrained(rows: Sequence[Row]) -> str:
     for row in rows:
         if why := str(row.get("untrained") or "").partition("; left out")[0]:
             names = who.setdefault(why, [])
-            names += [name] if (name := f"`{row['library']}:{row['name']}`") not in names else []
+            names += [name] if (name := f"`{row['package']}:{row['name']}`") not in names else []
     lines = [f"- {_plain(why)}: {', '.join(names)}" for why, names in sorted(who.items())]
     return "\n".join(["## Compared in eval mode only", "", *lines]) if lines else ""
 
@@ -178,7 +178,7 @@ def _line(group: Sequence[Row], ops: Sequence[str]) -> str:
     subclass = first.get("standard_subclass", 0)
     outcomes = list(dict.fromkeys(_outcome(row) for row in group))
     cells = [
-        f"`{first['library']}:{first['name']}`",
+        f"`{first['package']}:{first['name']}`",
         str(first.get("found", "")),
         f"{first.get('standard', '')}" + (f" + {subclass}" if subclass else ""),
         *(str(by_op.get(op, {}).get("converted", "")) for op in ops),
@@ -224,7 +224,7 @@ def _seconds(group: Sequence[Row]) -> float:
 def _by_model(rows: Sequence[Row]) -> list[list[Row]]:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["library"], row["name"]), []).append(row)
+        groups.setdefault((row["package"], row["name"]), []).append(row)
     return list(groups.values())
 
 

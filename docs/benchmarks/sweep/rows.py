@@ -87,8 +87,8 @@ def _lines(path: Path) -> Iterator[Row]:
 
 
 def key(row: Row) -> Key:
-    """Return what a row is about: library, name, op."""
-    return row["library"], row["name"], row["op"]
+    """Return what a row is about: package, name, op."""
+    return row["package"], row["name"], row["op"]
 
 
 def crashed(row: Row) -> bool:

@@ -60,7 +60,7 @@ def sweep(
     code, present = fingerprint(), read_rows(path)
     append(path, {**describe_run(code), "models": len(entries())})
     for entry in wanted:
-        rows = {op: present.get((entry.library, entry.name, op)) for op in ops}
+        rows = {op: present.get((entry.package, entry.name, op)) for op in ops}
         due = [op for op, row in rows.items() if _due(row, code, refresh=refresh, failed=failed)]
         for row in run_entry(entry, due, limits=limits, work=work) if due else ():
             append(path, {**row, "fingerprint": code})
@@ -84,7 +84,7 @@ def run_entry(entry: Entry, ops: Sequence[str], *, limits: Limits, work: Examine
         last = _run_worker(entry, missing, device="meta", limits=limits, work=work)
         rows = [*rows, *({**row, "meta_because": real.cut} for row in last.rows)]
     got = {row["op"] for row in rows}
-    base = {"library": entry.library, "name": entry.name, "family": entry.family, "mode": "lost", "preserved": "no"}
+    base = {"package": entry.package, "name": entry.name, "family": entry.family, "mode": "lost", "preserved": "no"}
     return [*rows, *({**base, "op": op, "error": last.cut, "seconds": 0.0} for op in ops if op not in got)]
 
 
@@ -156,5 +156,5 @@ def line_of(row: Row) -> str:
     counts = f"{row.get('converted', '?')} of {row.get('found', '?')}"
     took = f"{row.get('seconds', 0) + row.get('shared_seconds', 0):.1f}s"
     said = row.get("error") or (row.get("note", "") if row.get("converted") else "")
-    parts = ["BAD" if bad(row) else "ok ", f"{row['library']}:{row['name']}", row["op"], counts, row["mode"]]
+    parts = ["BAD" if bad(row) else "ok ", f"{row['package']}:{row['name']}", row["op"], counts, row["mode"]]
     return " ".join([*parts, f"same: {row['preserved']}", took, said]).rstrip()

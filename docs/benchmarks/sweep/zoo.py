@@ -30,14 +30,14 @@ _SMALL_DETECTOR = {"min_size": 64, "max_size": 96}
 
 @dataclass(frozen=True)
 class Entry:
-    """One name of a library; printed as `timm:resnet18`."""
+    """One name of a package; printed as `timm:resnet18`."""
 
-    library: str
+    package: str
     name: str
     family: str
 
     def __str__(self) -> str:
-        return f"{self.library}:{self.name}"
+        return f"{self.package}:{self.name}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def build(entry: Entry, *, device: str, **timm_args: Any) -> nn.Module:
     """Return the model with random weights on `cpu` or `meta`, in eval mode."""
     with warnings.catch_warnings(), torch.device(device):
         warnings.simplefilter("ignore")
-        if entry.library == "timm":
+        if entry.package == "timm":
             made: nn.Module = timm.create_model(entry.name, pretrained=False, **timm_args)
             return made.eval()
         builder = get_model_builder(entry.name)
@@ -85,7 +85,7 @@ def build(entry: Entry, *, device: str, **timm_args: Any) -> nn.Module:
 def build_smaller(entry: Entry, model: nn.Module, *, device: str) -> tuple[nn.Module, Example] | None:
     """Return a model of one input size built anew for a small one, with that input, or None if it can't be."""
     channels, fixed = _input_facts(model)
-    if entry.library != "timm" or fixed is None or fixed <= SMALL:
+    if entry.package != "timm" or fixed is None or fixed <= SMALL:
         return None
     example = _example((1, channels, SMALL, SMALL), device)
     try:
