@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from convsurgeon.errors import OutputError
+from convsurgeon.errors import OutputError, one_line
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -21,7 +21,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     raises, the temporary file is removed, `path` is left as it was, and the error goes on.
 
     Raises:
-        OutputError: if the folder does not exist or cannot be written to.
+        OutputError: if the folder does not exist or cannot be written to, or the disk is full.
     """
     path = Path(path)
     if path.is_dir():
@@ -41,9 +41,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
         temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
         _sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+        if isinstance(error, OSError):  # a disk that is full
+            raise OutputError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
         raise
     return path
 
@@ -54,7 +56,7 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def refuse_to_overwrite(path: str | Path, *, force: bool = False) -> Path:
-    """Return `path`, or raise if something is there and `force` was not given.
+    """Return `path`, or raise if something is there and `force` was not given, or its folder is not there.
 
     Raises:
         OutputError: naming the file and the way out.
@@ -64,6 +66,8 @@ def refuse_to_overwrite(path: str | Path, *, force: bool = False) -> Path:
         exists = path.exists()
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}; choose another name") from error
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: no such folder: {path.parent}; make it first")
     if exists and not force:
         raise OutputError(f"{path} exists already; choose another name or say --force")
     if exists and not path.is_file():

@@ -176,7 +176,7 @@ class ConvSpec:
 
 
 def _pair(value: Any) -> Pair:
-    if isinstance(value, SupportsInt):  # numpy's integers, too
+    if type(value) is not tuple and isinstance(value, SupportsInt):  # numpy's integers, too
         return int(value), int(value)
     return int(value[0]), int(value[-1])  # torch takes a list of one, too
 

@@ -588,3 +588,36 @@ class ComputesUnderAutocast(Kept):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return F.conv2d(self.conv(x), self.w).float()
+
+
+class WithMask(nn.Conv2d):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = super().forward(x)
+        return y if mask is None else y * mask
+
+
+@odd("conv", kept={"masked": "it is called with more than an image: mask=", "other": "it is called with more than an"})
+class CalledWithAMask(Kept):
+    def __init__(self) -> None:
+        super().__init__()
+        self.masked, self.other = WithMask(8, 8, 3, padding=1), WithMask(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.masked(self.conv(x), mask=x[:, :1] > 0), x[:, :1] > 0)
+
+
+class Slimmable(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] == self.in_channels:
+            return super().forward(x)
+        return F.conv2d(x, self.weight[:, : x.shape[1]], self.bias, self.stride, self.padding)
+
+
+@odd("conv", kept={"slim": "it is called with 4 channels, and its weight is made for 8"})
+class CalledWithFewerChannels(Kept):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slim = Slimmable(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.slim(self.conv(x)[:, :4])

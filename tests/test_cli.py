@@ -193,7 +193,7 @@ def refusals() -> dict[str, tuple[str, str]]:
         "output is a folder": (f"convert {named} -o .", ". exists already; choose another name or say --force"),
         "output without a folder": (
             f"convert {named} -o no/where.pt",
-            "cannot write no/where.pt: No such file or directory (folder no)",
+            "cannot write no/where.pt: no such folder: no; make it first",
         ),
         "no data": (f"evaluate {named}", which_data),
         "no data to learn from": (f"distill {named}", which_data),
@@ -802,3 +802,23 @@ def test_a_reader_that_leaves_is_no_mistake(arguments: tuple[str, ...]) -> None:
     ended = subprocess.run([sys.executable, "-c", code, *arguments], stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_behind_the_output_is_one_line() -> None:
+    code = "from convsurgeon.cli import main; main()"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", code, "ops"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == [
+        "error: cannot write what there is to say: No space left on device; files that it names are there"
+    ]
+
+
+@pytest.mark.parametrize(("length", "named"), [(240, "plan.json"), (300, "pt")])
+def test_a_name_too_long_leaves_neither_student_nor_plan(length: int, named: str, tmp_path: Path) -> None:
+    (tmp_path / "oddnet.py").write_text(ODD)
+    program = Program(tmp_path)
+    before = program.files()
+    assert f"{named}: File name too long" in program("convert", "oddnet:Odd", "-o", f"{'c' * length}.pt").error
+    assert program.files() == before

@@ -1,6 +1,7 @@
 """Files appear whole or not at all; a model's record is plain data that travels with it."""
 
 import copy
+import errno
 import os
 import pickle
 import signal
@@ -71,6 +72,19 @@ def test_a_failure_is_told_even_if_the_writer_removed_its_file(tmp_path):
     with pytest.raises(RuntimeError, match="stopped"):
         write_atomically(tmp_path / "net.pt", write)
     assert names(tmp_path) == []
+
+
+def test_a_full_disk_is_an_output_error_and_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("before")
+
+    def write(temporary):
+        temporary.write_text("ha")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OutputError, match=r"cannot write .*a\.json: No space left on device"):
+        write_atomically(path, write)
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("a.json", "before")]
 
 
 def test_a_killed_process_leaves_the_old_file(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import os
@@ -50,6 +51,12 @@ def main() -> None:
     except BrokenPipeError:  # the reader has gone, as `| head` does; what Python still wants to say, nobody hears
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(_NOBODY_READS)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(f"cannot write what there is to say: {error.strerror}; files that it names are there")
+        sys.exit(2)
     except (KeyboardInterrupt, _StoppedError) as error:
         _fail(str(error) or "stopped")
         sys.exit(_INTERRUPTED)

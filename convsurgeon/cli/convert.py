@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,7 +41,7 @@ def run(
     """Replace standard convolutions by cheap ones, started from the dense weights, and write the student."""
     from convsurgeon import ops
     from convsurgeon.cli._models import example_for, load_model, read_plan, selectors
-    from convsurgeon.files import refuse_to_overwrite, write_text
+    from convsurgeon.files import refuse_to_overwrite, write_atomically
     from convsurgeon.storage import default_output, save
     from convsurgeon.surgery import plan as make_plan
     from convsurgeon.surgery import rewrite, survey
@@ -56,7 +57,7 @@ def run(
     target = output or default_output(network, model, the_plan.tag)
     plan_file = target.parent / f"{target.stem}.plan.json"
     if not dry_run:
-        if target.exists() and Path(model).exists() and target.samefile(model):
+        if os.path.exists(target) and os.path.exists(model) and target.samefile(model):
             raise OutputError(f"{target} is the model itself; choose another name with -o, so that none is lost")
         refuse_to_overwrite(target, force=force)
         refuse_to_overwrite(plan_file, force=force)
@@ -68,8 +69,12 @@ def run(
         say("note: no input shape is known, so there are no sizes and no MACs; say --input-shape 1,3,224,224 for them")
     written = {}
     if not dry_run:
-        save(student, target, force=force, example_inputs=example)
-        write_text(plan_file, the_plan.to_json())
+
+        def write(temporary: Path) -> None:
+            temporary.write_text(the_plan.to_json(), encoding="utf-8")
+            save(student, target, force=force, example_inputs=example)
+
+        write_atomically(plan_file, write)  # so that there are both or none
         written = {"student": str(target), "plan_file": str(plan_file)}
     costs = _costs(network, student, the_plan, found)
     if json:

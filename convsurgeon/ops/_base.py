@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from convsurgeon.errors import UnsupportedConvError
@@ -179,7 +180,8 @@ class AbstractCheapConv(nn.Module, ABC):
             OptionError: for options this op does not have.
         """
         weight, bias = conv.weight.detach(), conv.bias
-        op = cls.build(ConvSpec.from_conv(conv), options, device="meta", dtype=weight.dtype)
+        with _Uninitialized():
+            op = cls.build(ConvSpec.from_conv(conv), options, device="meta", dtype=weight.dtype)
         op.to_empty(device=weight.device)
         if initialize and not weight.is_meta:
             with torch.no_grad():
@@ -224,6 +226,16 @@ class AbstractCheapConv(nn.Module, ABC):
         """Say the geometry and the options, as `print(model)` shows them."""
         options = "".join(f", {key}={value}" for key, value in self.options.items())
         return f"{self.spec}{options}"
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Leaves out random initialisation while it is entered: what follows overwrites it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def dense_only(spec: ConvSpec) -> str | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import os
+import sys
 import types
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -131,10 +131,13 @@ class Strangers(TorchFunctionMode):
         self.met: str | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        for tensor in _arguments(args, kwargs or {}):
-            if id(tensor) in self.names and not is_metadata(func):
-                self.met = self.met or self.names[id(tensor)]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self.met is None:
+            for tensor in _arguments(args, kwargs):
+                if id(tensor) in self.names and not is_metadata(func):
+                    self.met = self.names[id(tensor)]
+                    break
+        return func(*args, **kwargs)
 
 
 class Recorder(TorchFunctionMode):
@@ -205,7 +208,9 @@ def caller(known: Container[nn.Module] | None = None) -> Caller:
     Args:
         known: the modules that may be the answer; the first other one on the way is the stray. None: all.
     """
-    where, frame = "", inspect.currentframe()
+    # not from here: the locals of a frame that hold the frame itself would keep every tensor on the way alive
+    where = ""
+    frame: types.FrameType | None = sys._getframe(1)
     owner: nn.Module | None = None
     in_function, stray = False, None
     while frame is not None and owner is None:

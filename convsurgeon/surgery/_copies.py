@@ -6,7 +6,8 @@ import contextlib
 import copy
 import random
 import sys
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,7 +18,26 @@ from torch.utils import _pytree as pytree
 from convsurgeon.errors import SurveyError, one_line
 
 T = TypeVar("T")
+_REGISTRIES = (OrderedDict, dict, set)  # of parameters, of hooks, of names
 ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
+
+
+def expect_module(model: Any) -> None:
+    """Raise, with what to do, if what was given as a model is none.
+
+    Raises:
+        SurveyError: for a state dict, a class, or anything else.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, Mapping):
+        raise SurveyError(
+            f"a model is an nn.Module, got a {type(model).__name__}, which holds weights and no network; "
+            "build the model and call its load_state_dict"
+        )
+    if isinstance(model, type):
+        raise SurveyError(f"a model is an nn.Module, got the class {model.__name__} itself; give an instance of it")
+    raise SurveyError(f"a model is an nn.Module, got {type(model).__name__}")
 
 
 def shadow(model: nn.Module) -> nn.Module:
@@ -62,7 +82,8 @@ def sharing_storage(model: nn.Module) -> list[list[nn.Parameter]]:
 def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Return `copy.deepcopy(model, memo)`, with one clear line where that fails.
 
-    Results of computations that hang on a module, such as a pruned weight, are copied without their history.
+    Results of computations that hang on a module, such as a pruned weight, are copied without their history;
+    attributes of parameters, such as `weight.no_decay`, are kept, which deepcopy loses.
 
     Raises:
         SurveyError: if the model cannot be copied.
@@ -78,12 +99,65 @@ def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
                 .set_(storage, parameter.storage_offset(), parameter.size(), parameter.stride())
             )
             memo.setdefault(id(parameter), nn.Parameter(view, parameter.requires_grad))
-    for module in model.modules():
-        for value in (*vars(module).values(), *module.buffers(recurse=False)):
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                memo.setdefault(id(value), value.detach().clone())
+    # what stands in the memo already is replaced, with all that is inside
+    gone = {part for module in model.modules() if id(module) in memo for part in module.modules()}
+    copied = [module for module in model.modules() if module not in gone]
+    for module in copied:
+        _copy_parts(module, memo)
     with untouched_random_state():  # a __deepcopy__ of the model's own may build itself anew
+        for module in copied:
+            for parameter in module.parameters(recurse=False):
+                if vars(parameter):
+                    _copy_marks(parameter, memo)
         return copy_value(model, memo, owner=type(model).__name__)
+
+
+def _copy_parts(module: nn.Module, memo: dict[Any, Any]) -> None:
+    """Copy into a memo what deepcopy is slow at, or bad at: plain tensors, empty registries, results with a history."""
+    for parameter in module._parameters.values():
+        if type(parameter) is nn.Parameter and parameter.layout is torch.strided and id(parameter) not in memo:
+            memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    for value in (*module._buffers.values(), *vars(module).values()):
+        if isinstance(value, Tensor):
+            if value.grad_fn is not None:
+                memo.setdefault(id(value), value.detach().clone())
+            elif id(value) not in memo and _is_plain(value):
+                _copy_storage(value, memo)
+        elif type(value) in _REGISTRIES and not value:
+            # every module has ten or more
+            memo.setdefault(id(value), type(value)())
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is no more than a whole storage, read in its own order."""
+    return (
+        type(tensor) is Tensor
+        and tensor.layout is torch.strided
+        and not (tensor.requires_grad or tensor.is_quantized or tensor.is_meta or vars(tensor))
+        and tensor.is_contiguous()
+        and tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    )
+
+
+def _copy_storage(tensor: Tensor, memo: dict[Any, Any]) -> None:
+    """Copy a plain tensor, and leave word where deepcopy looks: another tensor may be a view of the same storage."""
+    storages = memo.setdefault("torch", {})
+    key = tensor.untyped_storage()._cdata
+    if key not in storages:
+        memo[id(tensor)] = tensor.clone()
+        storages[key] = memo[id(tensor)].untyped_storage()
+
+
+def _copy_marks(parameter: nn.Parameter, memo: dict[int, Any]) -> None:
+    """Give the copy of a parameter its attributes; what hangs on a parameter and cannot be copied is shared."""
+    copied = memo.get(id(parameter))
+    if not isinstance(copied, nn.Parameter) or vars(copied):
+        return
+    for name, value in vars(parameter).items():
+        try:
+            setattr(copied, name, copy.deepcopy(value, memo))
+        except Exception:  # a lock, an open file
+            setattr(copied, name, value)
 
 
 def copy_value(value: T, memo: dict[int, Any], *, owner: str) -> T:

@@ -52,9 +52,11 @@ class SiteTracer(fx.Tracer):
         return isinstance(m, _WEIGHTED) or super().is_leaf_module(m, module_qualified_name)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Note who makes a functional convolution, and where: a traceback for every node would be slow."""
+        """Note which module a node calls; and who makes a functional convolution: for every node it would be slow."""
         node = super().create_node(kind, target, *args, **kwargs)
-        if kind == "call_function" and target in CONVOLUTIONS:
+        if kind == "call_module":
+            node.meta["module"] = self.root.get_submodule(target)
+        elif kind == "call_function" and target in CONVOLUTIONS:
             node.meta["source"] = caller()
         return node
 
@@ -76,7 +78,7 @@ def read_graphs(model: nn.Module, names: Names) -> GraphFacts:
     for fqn, module, graph in _regions(model, "", result.untraced):
         called: dict[fx.Node, str] = {}
         for node in graph.nodes:
-            if node.op == "call_module" and isinstance(module.get_submodule(node.target), _WEIGHTED):
+            if isinstance(_module(node), _WEIGHTED):
                 called[node] = f"{fqn}.{node.target}".lstrip(".")
             elif node.op == "call_function" and _by_itself(node):
                 called[node] = names.modules[node.meta["source"].owner]  # its forward was called, not itself
@@ -90,10 +92,10 @@ def read_graphs(model: nn.Module, names: Names) -> GraphFacts:
         counts = Counter(called.values())
         firsts = _reading_the_input(graph, called) if fqn == "" else set()
         for node, called_as in called.items():
-            if node.op == "call_module" and not isinstance(module.get_submodule(str(node.target)), nn.Linear):
+            if node.op == "call_module" and not isinstance(_module(node), nn.Linear):
                 # how often a region itself is called, only the graph of the root tells
                 calls_of_it = {"calls": counts[called_as], "stem": node in firsts} if fqn == "" else {}
-                result.facts.setdefault(called_as, {**_facts(node, module, prefix=fqn), **calls_of_it})
+                result.facts.setdefault(called_as, {**_facts(node, prefix=fqn), **calls_of_it})
             elif node in firsts:
                 result.facts.setdefault(called_as, {"stem": True})
         if fqn == "":
@@ -134,7 +136,7 @@ def _functional(node: fx.Node, region: nn.Module, fqn: str, names: Names) -> Fin
     spec, obstacle = spec_of(tensor.shape, arguments)
     if passes:
         obstacle = f"its kernel passes through {passes[0]} before the convolution"
-    return replace(found, kernel=kernel, spec=spec, problem=obstacle, facts=_facts(node, region, prefix=fqn))
+    return replace(found, kernel=kernel, spec=spec, problem=obstacle, facts=_facts(node, prefix=fqn))
 
 
 def _reads(node: fx.Node, fqn: str, names: Names) -> list[Finding]:
@@ -240,17 +242,17 @@ def _may_convolve(module: nn.Module) -> bool:
     return any(tensor.dim() >= 3 for tensor in (*module.parameters(), *module.buffers()) if not is_lazy(tensor))
 
 
-def _facts(node: fx.Node, region: nn.Module, *, prefix: str) -> dict[str, Any]:
+def _facts(node: fx.Node, *, prefix: str) -> dict[str, Any]:
     facts: dict[str, Any] = {"norm": None, "activation": None}
     last = node
     follower = _only_user(last)
-    if follower is not None and isinstance(_module(follower, region), _NORMS):
+    if follower is not None and isinstance(_module(follower), _NORMS):
         facts["norm"] = f"{prefix}.{follower.target}".lstrip(".")
         last, follower = follower, _only_user(follower)
     if follower is not None:
-        facts["activation"] = _activation(follower, region)
+        facts["activation"] = _activation(follower)
     facts["residual"] = any(_adds(user) for user in last.users)
-    facts["feeds_head"] = _feeds_head(last, region)
+    facts["feeds_head"] = _feeds_head(last)
     return facts
 
 
@@ -260,23 +262,23 @@ def _adds(node: fx.Node) -> bool:
     return called and node.target in _ADDITIONS and len(node.all_input_nodes) > 1
 
 
-def _feeds_head(node: fx.Node, region: nn.Module) -> bool:
+def _feeds_head(node: fx.Node) -> bool:
     waiting, seen = list(node.users), set()
     while waiting:
         user = waiting.pop()
         if user in seen:
             continue
         seen.add(user)
-        module = _module(user, region)
+        module = _module(user)
         if isinstance(module, nn.Linear):
             return True
-        if module is None or not any(True for _ in module.parameters()):
+        if module is None or not any(part._parameters for part in module.modules()):
             waiting.extend(user.users)
     return False
 
 
-def _activation(node: fx.Node, region: nn.Module) -> str | None:
-    module = _module(node, region)
+def _activation(node: fx.Node) -> str | None:
+    module = _module(node)
     if module is not None:
         known = type(module).__module__ == "torch.nn.modules.activation"
         return type(module).__name__ if known else None
@@ -289,5 +291,6 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _module(node: fx.Node, region: nn.Module) -> nn.Module | None:
-    return region.get_submodule(str(node.target)) if node.op == "call_module" else None
+def _module(node: fx.Node) -> nn.Module | None:
+    found: nn.Module | None = node.meta.get("module")
+    return found

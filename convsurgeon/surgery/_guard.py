@@ -13,8 +13,9 @@ from torch import nn
 from convsurgeon.errors import GuardError, SurveyError, one_line
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.surgery._calls import Strangers
-from convsurgeon.surgery._copies import ExampleInputs, call, copy_module, shadow
+from convsurgeon.surgery._copies import ExampleInputs, call, copy_module, expect_module, shadow
 from convsurgeon.surgery._examples import at_least_two, generated_inputs
+from convsurgeon.surgery._expected import Expected
 from convsurgeon.surgery._graph import trace
 from convsurgeon.surgery._outputs import Leaf, describe_output
 from convsurgeon.surgery._survey import describe_inputs
@@ -74,23 +75,17 @@ def check_outputs(model: nn.Module, student: nn.Module, example_inputs: ExampleI
 
 
 def compare_outputs(
-    model: nn.Module, student: nn.Module, example_inputs: ExampleInputs | None, *, expected: list[Leaf] | None
+    model: nn.Module, student: nn.Module, example_inputs: ExampleInputs | None, *, expected: Expected | None
 ) -> GuardReport:
-    """Do what `check_outputs` does; what the model itself gives in eval mode may be known already."""
-    teacher = shadow(model)
+    """Do what `check_outputs` does; what the model itself gives may be known already."""
+    expect_module(model)
+    expect_module(student)
     inputs = example_inputs
     if expected is None:
-        inputs, expected = _run_teacher(teacher, model, example_inputs)
-    if inputs is None:
+        inputs, expected = _run_teacher(model, example_inputs)
+    if inputs is None or expected is None:
         return GuardReport(None)
     what = describe_inputs(inputs) if example_inputs is not None else f"a generated {describe_inputs(inputs)}"
-    batch = at_least_two(inputs)
-    not_trained, expected_in_training = None, None
-    try:
-        expected_in_training = describe_output(call(teacher.train(), batch))
-    except Exception as error:  # whatever a foreign forward raises
-        not_trained = f"the model itself does not run that way: {one_line(error)}"
-    del teacher
     try:
         copied = shadow(student)
     except SurveyError as error:
@@ -99,29 +94,35 @@ def compare_outputs(
             "a __deepcopy__ that builds a module anew does not know of its ops; let it copy what the module holds"
         ) from error
     calls = note_calls(copied)
-    loose = _compare(copied, model, inputs, expected, what=what, training=False)
+    loose = _compare(copied, model, inputs, expected.output, what=what, training=False)
     not_called = _not_called(model, calls, inputs)
-    if expected_in_training is not None:
-        loose += _compare(copied, model, batch, expected_in_training, what=f"{what}, in train mode", training=True)
-    tensors = sum(leaf.shape is not None for leaf in expected)
-    return GuardReport(what, tuple(dict.fromkeys(loose)), not_called, not_trained, tensors)
+    if expected.in_training is not None:
+        batch, in_training = at_least_two(inputs), f"{what}, in train mode"
+        loose += _compare(copied, model, batch, expected.in_training, what=in_training, training=True)
+    tensors = sum(leaf.shape is not None for leaf in expected.output)
+    return GuardReport(what, tuple(dict.fromkeys(loose)), not_called, expected.not_trained, tensors)
 
 
 def _run_teacher(
-    teacher: nn.Module, model: nn.Module, example_inputs: ExampleInputs | None
-) -> tuple[ExampleInputs | None, list[Leaf]]:
+    model: nn.Module, example_inputs: ExampleInputs | None
+) -> tuple[ExampleInputs | None, Expected | None]:
+    teacher = shadow(model)
     if example_inputs is None:
         for inputs in generated_inputs(model):
-            with contextlib.suppress(Exception):  # then it takes no such image
-                return inputs, describe_output(call(teacher, inputs))
-        return None, []
+            try:
+                output = describe_output(call(teacher, inputs))
+            except Exception:  # then it takes no such image
+                continue
+            return inputs, Expected.of(teacher, inputs, output=output)
+        return None, None
     try:
-        return example_inputs, describe_output(call(teacher, example_inputs))
+        output = describe_output(call(teacher, example_inputs))
     except Exception as error:
         raise SurveyError(
             f"{type(model).__name__} itself fails on the example input {describe_inputs(example_inputs)}: "
             f"{one_line(error)}"
         ) from error
+    return example_inputs, Expected.of(teacher, example_inputs, output=output)
 
 
 def _compare(

@@ -22,7 +22,7 @@ from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.progress import Progress, Report, be_silent
 from convsurgeon.record import read_record, update_record
 from convsurgeon.spec import ConvSpec
-from convsurgeon.surgery._copies import ExampleInputs, copy_module, copy_value
+from convsurgeon.surgery._copies import ExampleInputs, copy_module, copy_value, expect_module
 from convsurgeon.surgery._donors import WEIGHT_WRITERS, Donor, find_donor, plain_convolution
 from convsurgeon.surgery._functional import Names
 from convsurgeon.surgery._guard import check_outputs, compare_outputs
@@ -110,6 +110,7 @@ def plan_of(student: nn.Module) -> Plan | None:
 
 
 def _carry_out(model: nn.Module, the_plan: Plan, *, initialize: bool) -> nn.Module:
+    expect_module(model)
     replacements = _find_donors(model, the_plan)
     memo: dict[int, Any] = {}
     # the first op in a process makes torch import sympy, which adds a warnings filter of its own

@@ -41,10 +41,13 @@ class Selectors:
         Raises:
             UnknownNameError: for an op that does not exist.
             OptionError: for an option that does not exist, or is not addressed to one of several ops.
+            SelectorError: for patterns that are no text.
         """
+        if not isinstance(mapping or {}, Mapping):
+            raise SelectorError(f"mapping must map patterns to ops, as {{'layer4.*': 'shift'}}, got {mapping!r}")
         pairs = tuple((mapping or {}).items())
         used = list(dict.fromkeys([to, *(op for _, op in pairs)]))
-        return cls(_patterns(keep), _patterns(only), pairs, to, _address(options, used))
+        return cls(_patterns("keep", keep), _patterns("only", only), pairs, to, _address(options, used))
 
     def check_against(self, sites: Iterable[Site]) -> None:
         """Raise a `SelectorError` for the first pattern that matches no convolution."""
@@ -72,8 +75,11 @@ class Selectors:
         return found[-1] if found else None
 
 
-def _patterns(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+def _patterns(what: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    found = (value,) if isinstance(value, str) else value
+    if not isinstance(found, Sequence) or not all(isinstance(pattern, str) for pattern in found):
+        raise SelectorError(f"{what} must be a pattern, as 'layer4.*', or a list of them, got {value!r}")
+    return tuple(found)
 
 
 def _first_match(site: Site, patterns: tuple[str, ...]) -> str | None:

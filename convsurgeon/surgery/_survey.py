@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +15,9 @@ from convsurgeon.errors import SurveyError, one_line
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import Pair
 from convsurgeon.surgery._calls import Use, Watch
-from convsurgeon.surgery._copies import ExampleInputs, call, shadow
+from convsurgeon.surgery._copies import ExampleInputs, call, expect_module, shadow
 from convsurgeon.surgery._examples import generated_inputs
+from convsurgeon.surgery._expected import Expected
 from convsurgeon.surgery._functional import Finding, Names, functional_sites, read_by_others
 from convsurgeon.surgery._graph import GraphFacts, read_graphs
 from convsurgeon.surgery._outputs import Leaf, describe_output
@@ -61,16 +62,34 @@ def survey(model: nn.Module, *, example_inputs: ExampleInputs | None = None) -> 
     Raises:
         SurveyError: if the model cannot be copied, or fails on the example input.
     """
-    return look(model, example_inputs)[0]
+    return _look(model, example_inputs, in_training=False)[0]
 
 
-def look(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Survey, list[Leaf] | None]:
-    """Return the survey, and what came out of the run on the example input, so that none is run twice."""
+def look(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Survey, Expected | None]:
+    """Return the survey, and what the model gives on the example input in both modes, so that none is run twice.
+
+    The second is None without an example input, and where nothing looks as if it could be converted.
+    """
+    expect_module(model)
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    standard = any(c.groups == 1 and c.in_channels > _STEM_CHANNELS and c.kernel_size != (1, 1) for c in convs)
+    return _look(model, example_inputs, in_training=standard)
+
+
+def _look(
+    model: nn.Module, example_inputs: ExampleInputs | None, *, in_training: bool
+) -> tuple[Survey, Expected | None]:
+    expect_module(model)
     tied = shared_weights(model)
     registered = set(model.modules())
     modules = [describe(module, fqns, tied, registered=module in registered) for module, fqns in walk(model)]
     copied = shadow(model)
     run = _observe(copied, Names(copied), example_inputs) if example_inputs is not None else None
+    expected = None
+    if in_training and example_inputs is not None and run is not None:
+        expected = Expected.of(copied, example_inputs, output=run.output)
+        # what broke off may have left anything behind
+        copied = copied.eval() if expected.not_trained is None else shadow(model)
     names = Names(copied)
     graphs = read_graphs(copied, names)
     # what a trial tells is who is called in which order; its sizes are not the caller's
@@ -79,14 +98,14 @@ def look(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Survey
     if run is None:
         findings = [replace(finding, input_size=None) for finding in findings]
     reads = read_by_others(findings, names)
+    unusual = run.unusual if run is not None else {}
     order = seen.order if seen is not None and seen.order else graphs.order
     first = order[0] if order else _first_in_module_order(model)
-    sites = [_complete(_with_readers(site, reads), graphs, run, first) for site in modules]
+    sites = [_complete(_with_obstacles(site, reads, unusual), graphs, run, first) for site in modules]
     mine = {fqn for site in sites for fqn in site.fqns}
     functional = [site for site in functional_sites(findings, names) if not mine.intersection(site.fqns)]
     sites += [_complete(site, graphs, None, first) for site in functional]
-    found = Survey(type(model).__name__, tuple(sites), tuple(graphs.untraced), observed=run is not None)
-    return found, None if run is None else run.output
+    return Survey(type(model).__name__, tuple(sites), tuple(graphs.untraced), observed=run is not None), expected
 
 
 def _try_out(model: nn.Module) -> _Run | None:
@@ -104,16 +123,20 @@ class _Run:
     sizes: Mapping[str, tuple[Pair, ...]]
     findings: list[Finding]
     output: list[Leaf]
+    unusual: Mapping[str, str]
 
 
 def _observe(model: nn.Module, names: Names, example_inputs: ExampleInputs) -> _Run:
     order: list[str] = []
     sizes: dict[str, tuple[Pair, ...]] = {}
+    unusual: dict[str, str] = {}
 
     def note(fqn: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             order.append(fqn)
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
+            if isinstance(module, nn.Conv2d) and (reason := _unusual_call(module, x, args[1:], kwargs)):
+                unusual.setdefault(fqn, reason)
             if isinstance(module, _TWO_DIMENSIONAL) and isinstance(x, Tensor) and x.dim() >= 3:
                 sizes[fqn] = (*sizes.get(fqn, ()), (int(x.shape[-2]), int(x.shape[-1])))
 
@@ -143,7 +166,7 @@ def _observe(model: nn.Module, names: Names, example_inputs: ExampleInputs) -> _
         if kernel is not None and use.input_size is not None:
             sizes[kernel] = (*sizes.get(kernel, ()), use.input_size)
 
-    known = {*model.modules(), *(part for module, _ in sites for part in module.modules())}
+    known = {*names.modules, *(part for module, _ in sites if module not in names.modules for part in module.modules())}
     watch = Watch(names.kernels, known, on_convolution=note_functional)
     try:
         output = describe_output(call(model, example_inputs, watch))
@@ -156,11 +179,24 @@ def _observe(model: nn.Module, names: Names, example_inputs: ExampleInputs) -> _
         for handle in handles:
             handle.remove()
     findings = [names.resolve(use) for use in (*watch.convolutions, *watch.others) if not names.is_own(use)]
-    return _Run(order, sizes, findings, output)
+    return _Run(order, sizes, findings, output, unusual)
 
 
-def _with_readers(site: Site, reads: Mapping[str, str]) -> Site:
+def _unusual_call(module: nn.Conv2d, x: Any, more: Sequence[Any], named: Mapping[str, Any]) -> str | None:
+    """Return how a convolution of a class of its own is called as no `nn.Conv2d` can be, or None."""
+    names = [*("" for _ in more), *(name for name in named if named[name] is not x)]
+    if names:
+        said = "".join(f" {name}=" for name in names[:1] if name)
+        return f"it is called with more than an image{said and ':' + said}"
+    channels = x.shape[-3] if isinstance(x, Tensor) and x.dim() >= 3 else module.in_channels
+    if channels != module.in_channels:
+        return f"it is called with {channels} channels, and its weight is made for {module.in_channels}"
+    return None
+
+
+def _with_obstacles(site: Site, reads: Mapping[str, str], unusual: Mapping[str, str]) -> Site:
     reason = next((reads[fqn] for fqn in _callers(site) if fqn in reads), None)
+    reason = reason or next((unusual[fqn] for fqn in site.fqns if fqn in unusual), None)
     return site if reason is None or site.obstacle or site.op else replace(site, obstacle=reason)
 
 

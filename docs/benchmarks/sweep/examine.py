@@ -18,11 +18,10 @@ from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import ConvSpec
 
 from . import zoo
-from .rows import Row
+from .rows import REASON_LENGTH, Row
 
 Emit = Callable[[str, Any], None]
 FEW_CHANNELS = 4
-REASON_LENGTH = 100
 # how the shape guard begins to say why it compared the outputs in eval mode only
 UNTRAINED = "train mode was not compared: "
 

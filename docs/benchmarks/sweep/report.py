@@ -8,7 +8,7 @@ from pathlib import Path
 
 from convsurgeon.files import write_atomically
 
-from .rows import Row, crashed, latest_run, missed, read_rows, read_runs
+from .rows import REASON_LENGTH, Row, crashed, latest_run, missed, read_rows, read_runs
 
 # how many reasons why something could not be traced are shown
 _SHOWN = 60
@@ -67,7 +67,7 @@ def _totals(rows: Sequence[Row], ops: Sequence[str], run: Row | None) -> str:
         ("rows with outputs compared and the same", len(same)),
         ("of these, rows compared in eval mode only", sum(bool(row.get("untrained")) for row in same)),
         ("of these, rows with some standard convolution kept, with a reason", len(partly)),
-        ("rows with nothing to convert, rightly", len(nothing)),
+        ("rows without a standard convolution, so with nothing to convert", len(nothing)),
         ("rows converted but not run", len(_unrun(rows))),
         ("rows on the meta device only (shapes, no numbers)", sum(row["mode"] == "meta" for row in rows)),
     ]
@@ -154,7 +154,7 @@ def _untraced(rows: Sequence[Row]) -> str:
     """Count why `torch.fx` could not trace something; the sites in there were found by the module walk."""
     why: Counter[str] = Counter()
     for group in _by_model(rows):
-        why.update({reason for _, reason in group[0].get("untraced", ())})
+        why.update({reason.partition(". ")[0][:REASON_LENGTH] for _, reason in group[0].get("untraced", ())})
     if not why:
         return ""
     ranked = sorted(why.items(), key=lambda item: (-item[1], item[0]))

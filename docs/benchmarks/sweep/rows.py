@@ -14,6 +14,8 @@ from typing import Any
 import convsurgeon
 from convsurgeon.files import write_atomically
 
+# characters of a reason that a row keeps
+REASON_LENGTH = 100
 Row = dict[str, Any]
 Key = tuple[str, str, str]
 

@@ -1,0 +1,111 @@
+"""Copies of models: as deepcopy makes them, and with what deepcopy loses."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import convsurgeon as cs
+from convsurgeon.surgery._calls import Watch
+from convsurgeon.surgery._copies import call, copy_module, shadow
+from convsurgeon.surgery._functional import Names
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+
+
+def test_attributes_of_parameters_are_kept() -> None:
+    model = net()
+    lock = threading.Lock()
+    model[0].weight.no_decay = True
+    model[3].weight.group = {"lr": 0.1, "owner": model[3]}
+    model[3].bias.lock = lock
+    student = cs.rewrite(model)
+    assert student[0].weight.no_decay
+    assert student[3].weight.group == {"lr": 0.1, "owner": student[3]}
+    assert student[3].weight.group is not model[3].weight.group
+    assert student[3].bias.lock is lock
+    assert not vars(student[2].pointwise.weight)
+
+
+class Views(nn.Module):
+    """Views of a buffer in a list and in a buffer of their own, an empty dict with two names, a tensor outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(6.0))
+        self.register_buffer("whole", self.table.view(2, 3))
+        self.views = [self.table[:2], self.table.flip(0)]
+        self.cache: dict[str, Any] = {}
+        self.same_cache = self.cache
+        self.order: OrderedDict[str, Any] = OrderedDict()
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return out
+
+
+@pytest.mark.parametrize(
+    "copier", [copy_module, shadow, lambda model: cs.rewrite(model, mapping={"conv": "depthwise"})]
+)
+def test_what_shares_memory_does_so_in_the_copy(copier: Any) -> None:
+    model = Views()
+    copied = copier(model)
+    copied.table += 10
+    assert model.table.tolist() == [0, 1, 2, 3, 4, 5]
+    assert copied.views[0].tolist() == [10, 11]
+    assert copied.whole.tolist() == [[10, 11, 12], [13, 14, 15]]
+    assert copied.views[1].tolist() == [5, 4, 3, 2, 1, 0]
+    assert copied.cache is copied.same_cache
+    assert copied.cache is not model.cache
+    assert type(copied.order) is OrderedDict
+    assert copied._forward_hooks is not model._forward_hooks
+
+
+def test_watching_a_run_keeps_no_tensor_of_it_alive() -> None:
+    model, seen = net(), []
+    model[2].register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0])))
+    watch = Watch(Names(model).kernels, set(model.modules()))
+    gc.disable()
+    try:
+        call(model, torch.zeros(1, 3, 8, 8), watch)
+        assert len(watch.convolutions) == 2
+        assert [reference() for reference in seen] == [None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("use", [cs.survey, cs.plan, cs.rewrite])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (net().state_dict(), "got a OrderedDict, which holds weights and no network; build the model"),
+        (nn.Conv2d, "got the class Conv2d itself; give an instance"),
+        (None, "got NoneType"),
+    ],
+)
+def test_what_is_no_model_is_said(use: Any, given: Any, message: str) -> None:
+    with pytest.raises(cs.errors.SurveyError, match=message):
+        use(given)
+
+
+@pytest.mark.parametrize(
+    ("selectors", "message"),
+    [
+        ({"keep": 3}, "keep must be a pattern, .* got 3"),
+        ({"only": [1]}, r"only must be a pattern, .* got \[1\]"),
+        ({"mapping": ["a"]}, r"mapping must map patterns to ops, .* got \['a'\]"),
+    ],
+)
+def test_selectors_of_the_wrong_type_are_said(selectors: Any, message: str) -> None:
+    with pytest.raises(cs.errors.SelectorError, match=message):
+        cs.plan(net(), **selectors)
