@@ -475,7 +475,7 @@ class TestSave:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
         try:
-            with pytest.raises(ModelError, match="File too large"):
+            with pytest.raises(OutputError, match="File too large"):
                 storage.save(lifted, tmp_path / "a.pt2")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

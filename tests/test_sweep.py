@@ -215,7 +215,7 @@ def test_the_report_counts_and_names() -> None:
         "| rows with outputs compared and the same | 4 |",
         "| of these, rows compared in eval mode only | 1 |",
         "| of these, rows with some standard convolution kept, with a reason | 1 |",
-        "| rows with nothing to convert, rightly | 1 |",
+        "| rows without a standard convolution, so with nothing to convert | 1 |",
         "| rows converted but not run | 1 |",
         "| rows on the meta device only (shapes, no numbers) | 1 |",
     ):

@@ -34,7 +34,7 @@ def save(
 
     Raises:
         ModelError: if the model cannot be written in that form; nothing is left behind.
-        OutputError: if the file exists and `force` is not given, or the folder cannot be written to.
+        OutputError: if the file exists and `force` is not given, the folder cannot be written to, or the disk is full.
     """
     path = Path(path)
     if path.suffix not in (*_PICKLED, _NAMED, _EXPORTED):
