@@ -35,7 +35,9 @@ above what the process held with the network loaded; the larger of two. A ratio 
 
 ## Where the time goes
 
-Medians in seconds. The teacher's pass in eval mode is in the survey, which observes it; the other three in the guard.
+Medians in seconds. The teacher's two passes are in the survey, which observes the first; the student's two in the
+guard. What Python does alone (tracing, copying the structure of the modules, building the ops) is no faster with a
+second thread, while the forward passes are; it weighs most where many small layers are converted, as in densenet201.
 
 | network | op | threads | {stages} | bare: {bare_stages} |
 |---|---|---|{stage_rules}
