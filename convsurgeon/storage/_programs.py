@@ -99,8 +99,8 @@ def _parse_record(path: Path, text: str | None) -> dict[str, Any]:
         raise ModelError(f"{path} is damaged: its {RECORD} cannot be read; save the student again") from error
     if version != _VERSION:
         raise ModelError(
-            f"{path} has version {version} of the program format, and this convsurgeon reads version {_VERSION}; "
-            "install a newer one"
+            f"{path} has version {printable(version)} of the program format, and this convsurgeon "
+            f"reads version {_VERSION}; install a newer one"
         )
     return {str(key): value for key, value in record.items() if key != "program"}
 

@@ -3,11 +3,11 @@
     python docs/benchmarks/fuzz.py --cases 100000 --write docs/benchmarks/fuzz.md
     python docs/benchmarks/fuzz.py --coverage-guided 300      # atheris, seconds; pip install atheris
 
-Four kinds of valid files are mutated: a pickled module, a state dict (both as archives of `torch.save`, and
-the state dict in the format from before 1.6), a student in safetensors, and a plan in JSON. Half of
-the mutations are of bytes, anywhere. The other half get past the header: opcodes and strings inside of the pickle,
-with the archive put together again; fields of the JSON in a student's header or in a plan, with the
-lengths put right.
+Five kinds of valid files are mutated: a pickled module, a state dict (both as archives of `torch.save`, and
+the state dict in the format from before 1.6), a student in safetensors, an exported program, and a plan in JSON. Half
+of the mutations are of bytes, anywhere. The other half get past the header: opcodes and strings inside of the pickle,
+with the archive put together again; fields of the JSON in a student's header, in a program's graph or in a plan, with
+the lengths put right.
 
 Every case runs in a process whose memory is limited; one that dies is counted, and the case is kept.
 """
@@ -40,20 +40,20 @@ from torch import nn
 from convsurgeon import storage
 from convsurgeon.errors import ConvSurgeonError
 from convsurgeon.record import update_record
-from convsurgeon.storage import _pickles, _students
+from convsurgeon.storage import _pickles, _program_archive, _students
 from convsurgeon.surgery import Plan, plan, rewrite
 
-KINDS = ("module", "state dict", "old state dict", "student", "plan")
+KINDS = ("module", "state dict", "old state dict", "student", "program", "plan")
 MEMORY = 2_000  # MB a process may take beyond what it has
 PREFACE = """\
-Valid files are changed and given to what reads them: `storage.load` for a pickled module and for a student in
-safetensors, `storage.load(..., weights=...)` for a state dict, in today's format of `torch.save` and in the one
-from before 1.6, and `Plan.from_json` for a plan. Half of the changes are of bytes. The other half keep the file
-whole: opcodes and values inside of the pickle with the archive put together again, values in the JSON of a
-student's header, record and layout, or of a plan. A case passes if the file loads or is refused in one
-printable line by an error of convsurgeon's own. A traceback, a warning, more than 30 seconds and more than 2 GB
-beyond what the imports take all count as tracebacks. *Past the header* are the files whose pickle, record or
-JSON was read at all. *Peak* is of the whole process, most of it torch itself."""
+Valid files are changed and given to what reads them: `storage.load` for a pickled module, for a student in
+safetensors and for an exported program (`.pt2`), `storage.load(..., weights=...)` for a state dict, in today's format
+of `torch.save` and in the one from before 1.6, and `Plan.from_json` for a plan. Half of the changes are of bytes. The
+other half keep the file whole: opcodes and values inside of the pickle with the archive put together again, values in
+the JSON of a student's header, record and layout, of a program's graph, or of a plan. A case passes if the file loads
+or is refused in one printable line by an error of convsurgeon's own. A traceback, a warning, more than 30 seconds and
+more than 2 GB beyond what the imports take all count as tracebacks. *Past the header* are the files whose
+pickle, record, graph or JSON was read at all. *Peak* is of the whole process, most of it torch itself."""
 GUIDED = "## Coverage-guided"  # from here on the page stays as it is
 SLOW = 30  # seconds for one file, on a machine that does other things too
 
@@ -81,6 +81,9 @@ def make_seeds(folder: Path) -> dict[str, bytes]:
     the_plan = plan(donor, "group", options={"groups": 2}, only=["features.3.*", "features.4.*"])
     path = storage.save(rewrite(donor, the_plan), folder / "seed.safetensors")
     seeds["student"] = path.read_bytes()
+    model.to(memory_format=torch.contiguous_format)
+    path = storage.save(model.eval(), folder / "seed.pt2", example_inputs=torch.zeros(1, 3, 8, 8))
+    seeds["program"] = path.read_bytes()
     seeds["plan"] = the_plan.to_json().encode()
     return seeds
 
@@ -92,6 +95,7 @@ def noticing(stages: collections.Counter[str]) -> Iterator[None]:
         (_pickles, "proofread_archive"),
         (_pickles, "proofread_legacy"),
         (_students, "_parse"),
+        (_program_archive, "clean_program"),
     ]
     originals = [getattr(module, name) for module, name in watched]
 
@@ -117,6 +121,7 @@ def consume(kind: str, data: bytes, path: Path, stages: collections.Counter[str]
     Raises:
         Exception: for anything but success or a one-line refusal.
     """
+    so_far = stages["past the header"]
     if kind == "plan":
         with contextlib.suppress(ValueError, RecursionError):
             json.loads(data)
@@ -128,7 +133,7 @@ def consume(kind: str, data: bytes, path: Path, stages: collections.Counter[str]
             read = Plan.from_json(data.decode("utf-8", "replace"))
             assert Plan.from_json(read.to_json()) == read
             read.to_json().encode()
-        elif kind in ("module", "student"):
+        elif kind in ("module", "student", "program"):
             storage.load(path)
         else:
             storage._weights.read_weights(path, trust=False, trust_modules=())
@@ -138,6 +143,9 @@ def consume(kind: str, data: bytes, path: Path, stages: collections.Counter[str]
         assert message.isprintable(), f"not one line: {message!r}"
         assert len(message) < 1500, f"too long: {message}"
         stages[type(error).__name__] += 1
+    finally:
+        # a program holds a pickle, too
+        stages["past the header"] = min(stages["past the header"], so_far + 1)
 
 
 Result = tuple[str, str, dict[str, int], list[tuple[int, str]]]

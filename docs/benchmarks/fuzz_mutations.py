@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
+PROGRAM = "models/model.json"
 ODD_NUMBERS = (0, 1, -1, 2, 3, 7, 255, 2**15, 2**31 - 1, -(2**31), 2**31, 2**63, -(2**63), 10**30, 0.5, 1e300)
 ODD_VALUES = (*ODD_NUMBERS, None, True, False, "", "a", "\n", "\ud800", "0", [], [[]], {}, {"a": 1}, [0] * 50)
 
@@ -79,14 +80,20 @@ def _pushing(value: Any) -> bytes:
     return b"]" if isinstance(value, list) else b"}"
 
 
-def rezip(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
-    """Change the pickle of an archive and put the archive together again, checksums and all."""
+def rezip(data: bytes, change: Callable[[bytes], bytes], record: str = "data.pkl") -> bytes:
+    """Change one record of an archive, its pickle, and put the archive together again, checksums and all."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(buffer, "w") as changed:
         for name in archive.namelist():
             content = archive.read(name)
-            changed.writestr(name, change(content) if name.endswith("data.pkl") else content)
+            changed.writestr(name, change(content) if name.endswith(record) else content)
     return buffer.getvalue()
+
+
+def mutate_program(data: bytes, chance: random.Random) -> bytes:
+    """Change the JSON of an exported program: its graph for the most part, what its weights are, or its record."""
+    record = chance.choice((*[PROGRAM] * 6, "weights_config.json", "constants_config.json", "convsurgeon.json"))
+    return rezip(data, lambda content: json.dumps(mutate_json(json.loads(content), chance)).encode(), record)
 
 
 def mutate_json(value: Any, chance: random.Random) -> Any:
@@ -147,6 +154,8 @@ def mutate(kind: str, data: bytes, chance: random.Random) -> tuple[str, bytes]:
         return "structure", heads[0] + mutate_pickle(heads[1], chance) + heads[2]
     if kind == "student":
         return "structure", mutate_header(data, chance)
+    if kind == "program":
+        return "structure", mutate_program(data, chance)
     return "structure", json.dumps(mutate_json(json.loads(data), chance)).encode()
 
 
@@ -155,7 +164,7 @@ def _flipped_early(kind: str, data: bytes, chance: random.Random) -> bytes:
     if kind == "student":
         length = int.from_bytes(data[:8], "little") + 8
         return flip(data[:length], chance) + data[length:]
-    return rezip(data, lambda content: flip(content, chance))
+    return rezip(data, lambda content: flip(content, chance), PROGRAM if kind == "program" else "data.pkl")
 
 
 def legacy_parts(data: bytes) -> tuple[bytes, bytes, bytes]:
@@ -170,9 +179,10 @@ def legacy_parts(data: bytes) -> tuple[bytes, bytes, bytes]:
 
 def core_of(kind: str, data: bytes) -> bytes:
     """Return the part of a file that is worth mutating."""
-    if kind in ("module", "state dict"):
+    if kind in ("module", "state dict", "program"):
+        record = PROGRAM if kind == "program" else "data.pkl"
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            return next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+            return next(archive.read(name) for name in archive.namelist() if name.endswith(record))
     if kind == "old state dict":
         return legacy_parts(data)[1]
     if kind == "student":
@@ -182,8 +192,8 @@ def core_of(kind: str, data: bytes) -> bytes:
 
 def around(kind: str, core: bytes, data: bytes) -> bytes:
     """Return a file with another such part, lengths and checksums put right."""
-    if kind in ("module", "state dict"):
-        return rezip(data, lambda _: core)
+    if kind in ("module", "state dict", "program"):
+        return rezip(data, lambda _: core, PROGRAM if kind == "program" else "data.pkl")
     if kind == "old state dict":
         parts = legacy_parts(data)
         return parts[0] + core + parts[2]
