@@ -621,3 +621,32 @@ class CalledWithFewerChannels(Kept):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.slim(self.conv(x)[:, :4])
+
+
+@odd("conv", kept={"seen": "its weight is tied, and stays so: seen.weight and view share memory"})
+class ViewOfAWeightInAPlainAttribute(Kept):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = conv()
+        self.view = self.seen.weight.detach()[:, :4]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.seen(self.conv(x)) * self.view.mean()
+        return y
+
+
+class FirstHalf(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        return F.conv2d(x, self.weight[:4], self.bias[:4], self.stride, self.padding)
+
+
+@odd("conv", kept={"part": "computes with out_channels=4, and says 8"})
+class ComputesOnlyHalfOfWhatItSays(Kept):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = FirstHalf(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.part(self.conv(x))
+        return y

@@ -104,7 +104,7 @@ class UsedTwice(One):
         return self.conv(torch.relu(self.conv(x)))
 
 
-@odd("free", kept={"one": "one.weight and two.weight are one tensor", "two": "is tied, and stays so"})
+@odd("free", kept={"one": "one.weight and two.weight share memory", "two": "is tied, and stays so"})
 class TiedWeights(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -601,3 +601,17 @@ class ReadsAWeightInTrainingOnly(TwoConvolutions):
     def forward(self, x: Tensor) -> Any:
         x = super().forward(x)
         return (x, self.other.weight.abs().sum()) if self.training else x
+
+
+@odd("conv", "other")
+class ForgetsToReturnItselfFromTrain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other = conv(), conv()
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.other(self.conv(x))
+        return y

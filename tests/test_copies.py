@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
@@ -69,6 +70,41 @@ def test_what_shares_memory_does_so_in_the_copy(copier: Any) -> None:
     assert copied.cache is not model.cache
     assert type(copied.order) is OrderedDict
     assert copied._forward_hooks is not model._forward_hooks
+
+
+class Itself(nn.Sequential):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Itself:
+        return self
+
+
+class Parts(nn.Module):
+    """Copied with the parameters and children of the original."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Parts:
+        return copy.copy(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize(("inner", "shared"), [(Itself(nn.Conv2d(8, 8, 3)), "4"), (Parts(), "4.linear")])
+@pytest.mark.parametrize("use", [cs.survey, cs.plan, cs.rewrite])
+def test_a_copy_that_is_none_is_refused_and_the_model_stays(use: Any, inner: nn.Module, shared: str) -> None:
+    model = net().append(inner)
+    before = repr(model)
+    with pytest.raises(cs.errors.SurveyError, match=f"the copy shares {shared} with it"):
+        use(model)
+    assert repr(model) == before
+
+
+def test_lazy_layers_that_cannot_be_copied_are_named() -> None:
+    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.Conv2d(8, 8, 3))
+    with pytest.raises(cs.errors.SurveyError, match="Sequential has lazy layers, which have no weights yet; run it"):
+        cs.rewrite(model)
 
 
 def test_watching_a_run_keeps_no_tensor_of_it_alive() -> None:

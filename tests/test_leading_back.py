@@ -22,7 +22,7 @@ def test_a_tie_through_the_storage_is_a_tie_and_stays_one() -> None:
     model = nn.Sequential(conv(8, 8), conv(8, 8), conv(8, 8))
     model[1].weight = nn.Parameter(model[0].weight)
     assert model[1].weight is not model[0].weight
-    obstacle = "its weight is tied, and stays so: 0.weight and 1.weight are one tensor"
+    obstacle = "its weight is tied, and stays so: 0.weight and 1.weight share memory"
     assert [site.obstacle for site in survey(model).sites] == [obstacle, obstacle, None]
     student = cs.rewrite(model, example_inputs=X)
     with torch.no_grad():

@@ -232,9 +232,9 @@ def test_tied_weights_are_an_obstacle_that_names_both() -> None:
     model[1].weight = model[0].weight
     model[2].bias = model[0].bias
     obstacles = [site.obstacle for site in survey(model).sites]
-    assert obstacles[0] == "its weight is tied, and stays so: 0.weight and 1.weight are one tensor"
+    assert obstacles[0] == "its weight is tied, and stays so: 0.weight and 1.weight share memory"
     assert obstacles[1] == obstacles[0]
-    assert obstacles[2] == "its bias is tied, and stays so: 0.bias and 2.bias are one tensor"
+    assert obstacles[2] == "its bias is tied, and stays so: 0.bias and 2.bias share memory"
 
 
 def prune(model: nn.Sequential, name: str) -> None:

@@ -173,10 +173,11 @@ def count_scores(model: nn.Module, example: Tensor) -> int | None:
     import torch
 
     from convsurgeon.evaluation import logits_of
+    from convsurgeon.surgery import in_mode
 
     try:
         with torch.no_grad():
-            answer = copy.deepcopy(model).eval()(example)
+            answer = in_mode(copy.deepcopy(model), training=False)(example)
     except Exception as error:  # whatever a foreign forward raises
         size = "x".join(map(str, example.shape[1:]))
         raise ModelError(

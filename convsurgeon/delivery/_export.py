@@ -26,7 +26,7 @@ from convsurgeon.errors import ExportError, OutputError, SurveyError, one_line
 from convsurgeon.files import refuse_to_overwrite, write_atomically
 from convsurgeon.progress import Progress, Report, be_silent
 from convsurgeon.record import read_record
-from convsurgeon.surgery import copy_module
+from convsurgeon.surgery import copy_module, in_mode
 
 _LARGEST_FILE = 2_000_000_000  # bytes; protobuf ends at 2 GiB
 _STAGES = ("copy", "trace", "write", "compare")
@@ -130,7 +130,7 @@ def _portable(student: nn.Module) -> nn.Module:
     if size > _LARGEST_FILE:
         raise ExportError(f"the weights take {size / 1e9:.1f} GB in float32; one ONNX file holds less than 2 GB")
     try:
-        return copy_module(student).cpu().float().eval()
+        return in_mode(copy_module(student).cpu().float(), training=False)
     except SurveyError as error:
         raise ExportError(str(error)) from error
     except Exception as error:  # whatever a foreign module's _apply raises

@@ -15,6 +15,7 @@ from convsurgeon.data import ImageSet, make_loader
 from convsurgeon.distillation._config import Training
 from convsurgeon.errors import DataError, DistillationError, one_line
 from convsurgeon.evaluation import check_head, logits_of
+from convsurgeon.surgery import in_mode
 
 _NO_LENGTH = "train must have a length, so that the schedule knows its end"
 _NO_BATCH = "train has no batch; give more images or a smaller batch size"
@@ -88,7 +89,7 @@ def check_labels(labels: Tensor, width: int) -> None:
 
 
 def _width(network: nn.Module, images: Tensor, who: str) -> int:
-    probe = copy.deepcopy(network).cpu().eval()
+    probe = in_mode(copy.deepcopy(network).cpu(), training=False)
     try:
         with torch.no_grad():
             logits = logits_of(probe(images[:2].cpu()))

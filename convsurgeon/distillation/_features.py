@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from convsurgeon.errors import DistillationError, one_line
-from convsurgeon.surgery import trace_graph
+from convsurgeon.surgery import in_mode, trace_graph
 
 _ADVICE = "use --method joint or --method frozen"
 
@@ -57,7 +57,7 @@ def split_at_features(model: nn.Module, sample: Tensor) -> FeatureSplit:
     """
     name = type(model).__name__
     try:
-        network = fx.GraphModule(model.train(), trace_graph(model))
+        network = fx.GraphModule(in_mode(model, training=True), trace_graph(model))
         shapes = _shapes(network, sample)
     except Exception as error:
         reason = one_line(error)

@@ -38,6 +38,7 @@ from convsurgeon.distillation._watch import Watch
 from convsurgeon.errors import DataError, DistillationError, one_line
 from convsurgeon.evaluation import evaluate
 from convsurgeon.progress import Progress, Report, be_silent
+from convsurgeon.surgery import in_mode
 
 
 @dataclass(frozen=True)
@@ -389,7 +390,7 @@ class _Run:
             "seconds": state.seconds,
             "precision": self.precision,
         }
-        return DistillResult(student.eval(), teacher, metrics)
+        return DistillResult(in_mode(student, training=False), teacher, metrics)
 
 
 def _accelerator(config: Training) -> tuple[Any, str]:

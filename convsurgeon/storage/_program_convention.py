@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from convsurgeon.errors import ModelError
 from convsurgeon.storage._program_grammar import UnsupportedError, check_tree
 from convsurgeon.storage._program_writer import arguments_of_program
+from convsurgeon.surgery import in_mode
 
 Convention = dict[str, Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -147,7 +148,7 @@ def takes_other_batches(network: nn.Module, convention: Convention) -> bool:
     batch = fixed_batch(convention)
     assert batch is not None
     other = 2 * batch + 1
-    network = network.eval()
+    network = in_mode(network, training=False)
     try:
         usual = _shapes(network, convention, batch)
     except Exception:  # whatever a program raises without numbers

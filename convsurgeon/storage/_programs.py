@@ -32,6 +32,7 @@ from convsurgeon.storage._program_convention import (
 )
 from convsurgeon.storage._program_graph import ExportedNetwork, lift
 from convsurgeon.storage._texts import printable
+from convsurgeon.surgery import in_mode
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -114,7 +115,7 @@ def write_program(model: nn.Module, path: Path, *, example_inputs: ExampleInputs
         ModelError: if it is not known what the network takes, or torch cannot export it that way.
     """
     convention = _convention_for(model, example_inputs)
-    portable = copy.deepcopy(model).cpu().eval()
+    portable = in_mode(copy.deepcopy(model).cpu(), training=False)
     args, kwargs = example_call(convention, portable)
     record = {key: value for key, value in read_record(model).items() if key != "program"}
     text = json.dumps({"format": _FORMAT, "version": _VERSION, "record": record})

@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from convsurgeon.errors import SurveyError, one_line
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 _REGISTRIES = (OrderedDict, dict, set)  # of parameters, of hooks, of names
 ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
 
@@ -55,7 +57,16 @@ def shadow(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter and id(parameter) not in sharing and _may_be_copied_on_write(parameter):
             memo[id(parameter)] = nn.Parameter(parameter.detach()._lazy_clone(), parameter.requires_grad)
-    return copy_module(model, memo).eval()
+    return in_mode(copy_module(model, memo), training=False)
+
+
+def in_mode(module: M, *, training: bool) -> M:
+    """Return a module in train or eval mode: a `train()` of its own may forget to return it."""
+    if training:
+        module.train()
+    else:
+        module.eval()
+    return module
 
 
 def _may_be_copied_on_write(tensor: Tensor) -> bool:
@@ -109,14 +120,32 @@ def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
             for parameter in module.parameters(recurse=False):
                 if vars(parameter):
                     _copy_marks(parameter, memo)
-        return copy_value(model, memo, owner=type(model).__name__)
+        result = copy_value(model, memo, owner=type(model).__name__)
+    _refuse_to_share(model, result)
+    return result
+
+
+def _refuse_to_share(model: nn.Module, copied: nn.Module) -> None:
+    """Raise if a copy holds a module or a parameter of the model itself: whatever is done to one is done to both."""
+    mine = {id(part): fqn for fqn, part in (*model.named_modules(), *model.named_parameters())}
+    for _, part in (*copied.named_modules(), *copied.named_parameters()):
+        if id(part) in mine:
+            what = mine[id(part)] or "(root)"
+            raise SurveyError(
+                f"{type(model).__name__} cannot be copied: the copy shares {what} with it, as a __deepcopy__ that "
+                "returns what it should copy makes it; let it copy its submodules and parameters"
+            )
 
 
 def _copy_parts(module: nn.Module, memo: dict[Any, Any]) -> None:
     """Copy into a memo what deepcopy is slow at, or bad at: plain tensors, empty registries, results with a history."""
     for parameter in module._parameters.values():
         if type(parameter) is nn.Parameter and parameter.layout is torch.strided and id(parameter) not in memo:
-            memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            copied = parameter.detach().clone()
+            memo[id(parameter)] = nn.Parameter(copied, parameter.requires_grad)
+            if parameter.numel() * parameter.element_size() == parameter.untyped_storage().nbytes():
+                # a plain attribute may be a view of it
+                memo.setdefault("torch", {})[parameter.untyped_storage()._cdata] = copied.untyped_storage()
     for value in (*module._buffers.values(), *vars(module).values()):
         if isinstance(value, Tensor):
             if value.grad_fn is not None:
@@ -169,6 +198,8 @@ def copy_value(value: T, memo: dict[int, Any], *, owner: str) -> T:
     try:
         return copy.deepcopy(value, memo)
     except Exception as error:
+        if isinstance(value, nn.Module) and any(map(is_lazy, (*value.parameters(), *value.buffers()))):
+            raise SurveyError(f"{owner} has lazy layers, which have no weights yet; run it once first") from error
         raise SurveyError(
             f"{owner} cannot be copied ({one_line(error)}); "
             "a student is a copy, so give the model a __deepcopy__ or remove what cannot be copied"

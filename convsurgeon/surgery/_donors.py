@@ -22,7 +22,7 @@ from convsurgeon.errors import SurveyError, one_line
 from convsurgeon.ops import AbstractCheapConv, SamePadding
 from convsurgeon.spec import ConvSpec
 from convsurgeon.surgery._calls import Call, Recorder, Watch, spec_of
-from convsurgeon.surgery._copies import call, copy_module
+from convsurgeon.surgery._copies import call, copy_module, in_mode
 
 WEIGHT_WRITERS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 
@@ -116,14 +116,14 @@ def _probe(module: nn.Conv2d) -> Donor:
         what = "its forward was replaced by one that"
     copied = _bare_copy(module)
     before = {name: tensor.detach().clone() for name, tensor in copied.named_parameters()}
-    runs = [(x, *_run(copied.eval(), x, what)) for x in _images(module)]
+    runs = [(x, *_run(in_mode(copied, training=False), x, what)) for x in _images(module)]
     weight = runs[0][1].arguments["weight"]
     bias = runs[0][1].arguments.get("bias")
     if any(not _same(made.arguments["weight"], weight) for _, made, _ in runs):
         raise _Refusal(f"{what} computes its kernel from its input")
     if any(not _same(made.arguments.get("bias"), bias) for _, made, _ in runs):
         raise _Refusal(f"{what} computes its bias from its input")
-    _, trained, _ = train_run = (runs[0][0], *_run(copied.train(), runs[0][0], what))
+    _, trained, _ = train_run = (runs[0][0], *_run(in_mode(copied, training=True), runs[0][0], what))
     # power iterations go on in training, and the weight stays what it is for all that
     if "SpectralNorm" not in (how or "") and not _same(trained.arguments["weight"], weight):
         raise _Refusal(f"{what} changes its kernel in training")
@@ -138,6 +138,9 @@ def _probe(module: nn.Conv2d) -> Donor:
             raise _Refusal(f"{what} does more than one convolution with a kernel that it computes")
         return _inside(module, copied, [*runs, train_run], what)
     spec = _spec(runs[0][1], padding)
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups"):
+        if getattr(spec, name) != getattr(module, name):
+            raise _Refusal(f"{what} computes with {name}={getattr(spec, name)}, and says {getattr(module, name)}")
     if not direct and not how:
         how = f"started from the kernel that {type_name(module)} computes"
     notes = [note for note in (how, "pads as TensorFlow does" if spec.pads_by_size else None) if note]
@@ -158,7 +161,7 @@ def _with_other_parameters(copied: nn.Conv2d, x: Tensor, what: str) -> list[tupl
     with torch.no_grad():
         for parameter in others:
             parameter.add_(0.25)
-    return [(x, *_run(copied.eval(), x, what))]
+    return [(x, *_run(in_mode(copied, training=False), x, what))]
 
 
 def _run(module: nn.Module, x: Tensor, what: str) -> tuple[Call, Tensor]:
@@ -182,7 +185,7 @@ def _inside(module: nn.Conv2d, copied: nn.Conv2d, runs: Sequence[tuple[Tensor, C
     weight = copied.weight
     for training in (False, True):
         watch = Watch({id(weight): weight}, set(copied.modules()))
-        call(copied.train(training), runs[0][0], watch)
+        call(in_mode(copied, training=training), runs[0][0], watch)
         if watch.others:
             raise _Refusal(f"{what} also uses its weight in {watch.others[0].function}")
     specs = {spec_of(made.arguments["weight"].shape, made.arguments)[0] for _, made, _ in runs}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from convsurgeon.errors import one_line
-from convsurgeon.surgery._copies import ExampleInputs, call
+from convsurgeon.surgery._copies import ExampleInputs, call, in_mode
 from convsurgeon.surgery._examples import at_least_two
 from convsurgeon.surgery._outputs import Leaf, describe_output
 
@@ -30,6 +30,6 @@ class Expected:
     def of(cls, copied: nn.Module, inputs: ExampleInputs, *, output: list[Leaf]) -> Expected:
         """Run a copy of a model in train mode; it has given `output` in eval mode."""
         try:
-            return cls(output, describe_output(call(copied.train(), at_least_two(inputs))), None)
+            return cls(output, describe_output(call(in_mode(copied, training=True), at_least_two(inputs))), None)
         except Exception as error:  # whatever a foreign forward raises
             return cls(output, None, f"the model itself does not run that way: {one_line(error)}")

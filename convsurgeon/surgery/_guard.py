@@ -13,7 +13,7 @@ from torch import nn
 from convsurgeon.errors import GuardError, SurveyError, one_line
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.surgery._calls import Strangers
-from convsurgeon.surgery._copies import ExampleInputs, call, copy_module, expect_module, shadow
+from convsurgeon.surgery._copies import ExampleInputs, call, copy_module, expect_module, in_mode, shadow
 from convsurgeon.surgery._examples import at_least_two, generated_inputs
 from convsurgeon.surgery._expected import Expected
 from convsurgeon.surgery._graph import trace
@@ -132,7 +132,7 @@ def _compare(
     tensors = (*model.named_parameters(), *model.named_buffers())
     strangers = Strangers({id(tensor): name for name, tensor in tensors})
     try:
-        got = describe_output(call(student.train(training), inputs, strangers))
+        got = describe_output(call(in_mode(student, training=training), inputs, strangers))
     except Exception as error:
         where = _first_difference(model, student, inputs, training=training)
         raise GuardError(
@@ -248,7 +248,7 @@ def _variants(model: nn.Module, inputs: ExampleInputs, expected: list[Leaf], *, 
     """Return what comes out for other weights: what differs there depends on the data."""
     found = [expected]
     for factor in (0.0, -1.0, 8.0):
-        variant = copy_module(model).train(training)
+        variant = in_mode(copy_module(model), training=training)
         with torch.no_grad():
             for parameter in variant.parameters():
                 if parameter.dim() > 1:
@@ -261,8 +261,8 @@ def _variants(model: nn.Module, inputs: ExampleInputs, expected: list[Leaf], *, 
 
 def _first_difference(model: nn.Module, student: nn.Module, inputs: ExampleInputs, *, training: bool) -> str:
     """Return `; first at FQN: ...` for the first module, in call order, whose output differs."""
-    theirs = _trace_shapes(copy_module(model).train(training), inputs)
-    mine = _trace_shapes(student.train(training), inputs)
+    theirs = _trace_shapes(in_mode(copy_module(model), training=training), inputs)
+    mine = _trace_shapes(in_mode(student, training=training), inputs)
     for fqn, shapes in theirs.items():
         if fqn in mine and mine[fqn] != shapes:
             return f"; the first module that differs is {fqn}: {_shown(mine[fqn])}, expected {_shown(shapes)}"

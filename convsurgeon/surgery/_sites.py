@@ -185,7 +185,25 @@ def shared_weights(model: nn.Module) -> dict[int, str]:
             if one is not other and _overlap(one, other):
                 both = [*owners[id(one)], *(name for name in owners[id(other)] if name not in owners[id(one)])]
                 owners[id(one)] = owners[id(other)] = both
+    by_storage = {p.untyped_storage()._cdata: p for p in model.parameters() if _has_storage(p)}
+    for name, view in _plain_tensors(model):
+        parameter = by_storage.get(view.untyped_storage()._cdata)
+        if parameter is not None and name not in owners[id(parameter)]:
+            owners[id(parameter)] = [*owners[id(parameter)], name]
     return {key: " and ".join(fqns) for key, fqns in owners.items() if len(fqns) > 1}
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta and not is_lazy(tensor) and tensor.numel() > 0
+
+
+def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield buffers and tensors in plain attributes, but for a `weight` that a hook writes beside its own parameter."""
+    for fqn, module in model.named_modules():
+        for name, value in (*module._buffers.items(), *vars(module).items()):
+            written = name in ("weight", "bias") and f"{name}_orig" in module._parameters
+            if isinstance(value, Tensor) and _has_storage(value) and not written:
+                yield f"{fqn}.{name}".lstrip("."), value
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
@@ -203,5 +221,5 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 def _tie(module: nn.Module, tied: dict[int, str]) -> str | None:
     for name, parameter in module.named_parameters():
         if id(parameter) in tied:
-            return f"its {name} is tied, and stays so: {tied[id(parameter)]} are one tensor"
+            return f"its {name} is tied, and stays so: {tied[id(parameter)]} share memory"
     return None

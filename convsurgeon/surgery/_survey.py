@@ -15,7 +15,7 @@ from convsurgeon.errors import SurveyError, one_line
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import Pair
 from convsurgeon.surgery._calls import Use, Watch
-from convsurgeon.surgery._copies import ExampleInputs, call, expect_module, shadow
+from convsurgeon.surgery._copies import ExampleInputs, call, expect_module, in_mode, shadow
 from convsurgeon.surgery._examples import generated_inputs
 from convsurgeon.surgery._expected import Expected
 from convsurgeon.surgery._functional import Finding, Names, functional_sites, read_by_others
@@ -89,7 +89,7 @@ def _look(
     if in_training and example_inputs is not None and run is not None:
         expected = Expected.of(copied, example_inputs, output=run.output)
         # what broke off may have left anything behind
-        copied = copied.eval() if expected.not_trained is None else shadow(model)
+        copied = in_mode(copied, training=False) if expected.not_trained is None else shadow(model)
     names = Names(copied)
     graphs = read_graphs(copied, names)
     # what a trial tells is who is called in which order; its sizes are not the caller's

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from convsurgeon import ops
 from convsurgeon.errors import ConvSurgeonError
 from convsurgeon.ops import AbstractCheapConv, SamePadding
-from convsurgeon.surgery import rewrite
+from convsurgeon.surgery import in_mode, rewrite
 from convsurgeon.testing._checks import require
 from convsurgeon.testing._holdings import Witness, holdings, hooks_of, plain_attributes, same
 from convsurgeon.testing._model_law import ModelCase, model_law
@@ -134,7 +134,7 @@ def model_law_apart(case: ModelCase) -> None:
         require(_address(value) not in memory, f"{path} of the student shares memory with the model")
     watch = _Uses({id(value): path for path, value in holdings(case.model) if isinstance(value, Tensor)})
     with torch.no_grad(), watch:
-        run(copy_of(case.student).eval(), case.example_inputs)
+        run(in_mode(copy_of(case.student), training=False), case.example_inputs)
     require(not watch.seen, f"the student computes with {', '.join(sorted(watch.seen))} of the model, not with its own")
 
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convsurgeon.errors import NothingToConvertError
 from convsurgeon.ops import AbstractCheapConv, SamePadding
-from convsurgeon.surgery import Plan, check_outputs, count_macs, plan_of, rebuild, rewrite, survey, totals
+from convsurgeon.surgery import Plan, check_outputs, count_macs, in_mode, plan_of, rebuild, rewrite, survey, totals
 from convsurgeon.testing._checks import require
 from convsurgeon.testing._holdings import Witness, same
 from convsurgeon.testing._model_law import ModelCase, model_law
@@ -182,7 +182,7 @@ def model_law_gradients(case: ModelCase) -> None:
 
 def _gradients(model: nn.Module, case: ModelCase) -> dict[str, Tensor | None] | None:
     """Return the gradient of every parameter after one training step of a copy, or None where that fails."""
-    copied = copy_of(model).train(True in case.modes)
+    copied = in_mode(copy_of(model), training=True in case.modes)
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the model's own, as of its backward hooks
@@ -225,7 +225,7 @@ def model_law_costs(case: ModelCase) -> None:
 
 def _convolution_macs(model: nn.Module, inputs: Any) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        run(copy_of(model).eval(), inputs)
+        run(in_mode(copy_of(model), training=False), inputs)
     counts = counter.get_flop_counts()["Global"]
     flops: int = sum(count for function, count in counts.items() if "convolution" in str(function))
     return flops // 2
@@ -248,5 +248,5 @@ class _Batches(TorchFunctionMode):
 def _batches(model: nn.Module, inputs: Any) -> set[int]:
     seen = _Batches()
     with torch.no_grad(), seen:
-        run(copy_of(model).eval(), inputs)
+        run(in_mode(copy_of(model), training=False), inputs)
     return seen.found

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from convsurgeon.surgery import in_mode
 from convsurgeon.testing._checks import BrokenError, by, require
 from convsurgeon.testing._holdings import same
 
@@ -57,7 +58,7 @@ def run(model: nn.Module, inputs: Any) -> Any:
 def outputs(model: nn.Module, inputs: Any, *, training: bool = False) -> Outputs:
     """Return what a copy of a model gives."""
     with torch.no_grad():
-        return list(parts(run(copy_of(model).train(training), inputs)))
+        return list(parts(run(in_mode(copy_of(model), training=training), inputs)))
 
 
 def runs_in_training(model: nn.Module, inputs: Any) -> bool:
@@ -143,7 +144,7 @@ def rounding_of(model: nn.Module, inputs: Any) -> float:
     """Return by how much of the largest value the outputs of a model may differ that sums in another order."""
     dtypes = _Dtypes()
     with torch.no_grad(), dtypes:
-        run(copy_of(model).eval(), inputs)
+        run(in_mode(copy_of(model), training=False), inputs)
     return max((_ROUNDING.get(dtype, 0.3) for dtype in dtypes.seen), default=1e-3)
 
 
