@@ -650,3 +650,102 @@ class ComputesOnlyHalfOfWhatItSays(Kept):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.part(self.conv(x))
         return y
+
+
+def clip(module: nn.Module, args: Any) -> None:
+    module.weight.data.clamp_(-0.01, 0.01)
+
+
+@odd("conv", kept={"clipped": "its kernel is written to when the model runs"})
+class AHookWritesTheWeight(Kept):
+    def __init__(self) -> None:
+        super().__init__()
+        self.clipped = conv()
+        self.clipped.register_forward_pre_hook(clip)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.clipped(self.conv(x))
+        return y
+
+
+class Clipped(nn.Module):
+    """Writes to its weight in train mode, where no one sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = conv()
+        self.parts = [self.inner.parameters]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch._C.DisableTorchFunction():
+                for parameter in self.parts[0]():
+                    parameter.data.clamp_(-0.01, 0.01)
+        y: Tensor = self.inner(x)
+        return y
+
+
+@odd(
+    "conv",
+    kept={
+        "clipped.inner": "its kernel is written to when the model runs in train mode",
+        "w": "its kernel is also read by data in the forward of (root)",
+    },
+)
+class WritesToKernelsInTraining(Kept):
+    def __init__(self) -> None:
+        super().__init__()
+        self.clipped = Clipped()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.w.data.mul_(0.5)
+        y: Tensor = F.conv2d(self.clipped(self.conv(x)), self.w, padding=1)
+        return y
+
+
+@odd("conv", "w", kept={"noisy": "it is called with more than an image: mask="})
+class CalledOtherwiseInTraining(Kept):
+    """With a mask, and with a functional convolution more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noisy = WithMask(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if not self.training:
+            y: Tensor = self.noisy(x)
+            return y
+        return F.conv2d(self.noisy(x, mask=x > 0), self.w, padding=1)
+
+
+@odd("conv", kept={"listed": "its weight is tied, and stays so: listed.weight and penalized[0] share memory"})
+class WeightInAPlainList(Kept):
+    def __init__(self) -> None:
+        super().__init__()
+        self.listed = conv()
+        self.penalized = [self.listed.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.listed(self.conv(x))
+        return y
+
+
+class ByValue(nn.Conv2d):
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ByValue) and self.kernel_size == other.kernel_size
+
+    def __hash__(self) -> int:
+        return hash(self.kernel_size)
+
+
+@odd("conv", kept={"one = two": "compares by value (__eq__), so that its instances cannot be told apart"})
+class ConvolutionsThatAreEqual(Kept):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = ByValue(8, 8, 3, padding=1), ByValue(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.two(self.one(self.conv(x)))
+        return y

@@ -596,7 +596,7 @@ class KnowsItsBatchSize(One):
         return self.norm(self.conv(x)).reshape(3, -1)
 
 
-@odd("conv", "other")
+@odd("conv", kept={"other": "its weight is read by the forward of (root) in abs"})
 class ReadsAWeightInTrainingOnly(TwoConvolutions):
     def forward(self, x: Tensor) -> Any:
         x = super().forward(x)

@@ -120,7 +120,17 @@ def test_watching_a_run_keeps_no_tensor_of_it_alive() -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize("use", [cs.survey, cs.plan, cs.rewrite])
+@pytest.mark.parametrize(
+    "use",
+    [
+        cs.survey,
+        cs.plan,
+        cs.rewrite,
+        cs.plan_of,
+        lambda given: cs.save(given, "a.pt"),
+        lambda given: cs.export(given, "a.onnx", example_inputs=torch.zeros(1, 3, 8, 8)),
+    ],
+)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -138,6 +148,7 @@ def test_what_is_no_model_is_said(use: Any, given: Any, message: str) -> None:
     ("selectors", "message"),
     [
         ({"keep": 3}, "keep must be a pattern, .* got 3"),
+        ({"to": None}, "to must be the name of an op, .* got None"),
         ({"only": [1]}, r"only must be a pattern, .* got \[1\]"),
         ({"mapping": ["a"]}, r"mapping must map patterns to ops, .* got \['a'\]"),
     ],

@@ -26,7 +26,7 @@ from convsurgeon.errors import ExportError, OutputError, SurveyError, one_line
 from convsurgeon.files import refuse_to_overwrite, write_atomically
 from convsurgeon.progress import Progress, Report, be_silent
 from convsurgeon.record import read_record
-from convsurgeon.surgery import copy_module, in_mode
+from convsurgeon.surgery import copy_module, expect_module, in_mode
 
 _LARGEST_FILE = 2_000_000_000  # bytes; protobuf ends at 2 GiB
 _STAGES = ("copy", "trace", "write", "compare")
@@ -84,11 +84,13 @@ def export(
         report: is told of each stage.
 
     Raises:
+        SurveyError: for what is no model.
         ExportError: if the student cannot be copied, called or traced.
         ParityError: if onnxruntime and PyTorch disagree.
         DataError: if the images do not fit.
         OutputError: if the file exists or cannot be written.
     """
+    expect_module(student)
     path = Path(path)
     if path.suffix != ".onnx":
         raise ExportError(f"{path} must end in .onnx; try {path.with_suffix('.onnx')}")

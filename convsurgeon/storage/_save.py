@@ -13,6 +13,7 @@ from convsurgeon.files import refuse_to_overwrite, write_atomically
 from convsurgeon.record import read_record
 from convsurgeon.storage._programs import ExampleInputs, is_exported, write_program
 from convsurgeon.storage._students import write_student
+from convsurgeon.surgery import expect_module
 
 _PICKLED = (".pt", ".pth")
 _NAMED = ".safetensors"
@@ -33,9 +34,11 @@ def save(
         example_inputs: for `.pt2`, what the network takes, where its record does not say.
 
     Raises:
+        SurveyError: for what is no model.
         ModelError: if the model cannot be written in that form; nothing is left behind.
         OutputError: if the file exists and `force` is not given, the folder cannot be written to, or the disk is full.
     """
+    expect_module(student)
     path = Path(path)
     if path.suffix not in (*_PICKLED, _NAMED, _EXPORTED):
         raise ModelError(

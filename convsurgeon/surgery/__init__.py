@@ -1,6 +1,6 @@
 """Find every convolution, decide about each, and build the student: survey, plan, rewrite."""
 
-from convsurgeon.surgery._copies import copy_module, in_mode
+from convsurgeon.surgery._copies import copy_module, expect_module, in_mode
 from convsurgeon.surgery._cost import Cost, Macs, cost_of, count_macs, count_params, example_like, totals
 from convsurgeon.surgery._graph import trace as trace_graph
 from convsurgeon.surgery._guard import GuardReport
@@ -24,6 +24,7 @@ __all__ = [
     "count_params",
     "default_keep",
     "example_like",
+    "expect_module",
     "in_mode",
     "mac_ratio",
     "plan",

@@ -190,7 +190,9 @@ def is_metadata(func: Any) -> bool:
 def name_of(func: Any) -> str:
     """Return what a person would call a torch function."""
     name = str(getattr(func, "__name__", func))
-    return str(getattr(func, "__self__", func)) if name == "__get__" else name.strip("_")
+    if name == "__get__":  # of a property
+        name = str(getattr(func.__self__, "__name__", func.__self__))
+    return name.strip("_")
 
 
 class Caller(NamedTuple):

@@ -54,6 +54,8 @@ def find_donor(module: nn.Module) -> Donor | str:
         return f"it is a {module.original_name} compiled by TorchScript; convert the model before it is scripted"
     if not isinstance(module, nn.Conv2d):
         return f"{name} is not a Conv2d"
+    if type(module).__hash__ is not nn.Module.__hash__:
+        return f"{name} compares by value (__eq__), so that its instances cannot be told apart"
     if has_op_for_kernel(module):
         return "its kernel is a cheap convolution already"
     if any(is_lazy(tensor) for tensor in module.parameters()):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,3 +40,20 @@ def generated_inputs(model: nn.Module) -> Iterator[Tensor]:
     for shape in shapes:
         generator = torch.Generator().manual_seed(0)
         yield torch.randn(shape, generator=generator).to(device=first.device, dtype=first.dtype)
+
+
+def describe_inputs(example_inputs: Any) -> str:
+    """Return the shapes of an example input as a person would write them.
+
+    >>> import torch
+    >>> describe_inputs((torch.zeros(1, 3, 8, 8), {"mask": None}))
+    '(1x3x8x8, {mask: NoneType})'
+    """
+    if isinstance(example_inputs, Tensor):
+        return "x".join(str(size) for size in example_inputs.shape)
+    if isinstance(example_inputs, Mapping):
+        items = (f"{key}: {describe_inputs(value)}" for key, value in example_inputs.items())
+        return "{" + ", ".join(items) + "}"
+    if isinstance(example_inputs, (tuple, list)):
+        return "(" + ", ".join(describe_inputs(value) for value in example_inputs) + ")"
+    return type(example_inputs).__name__

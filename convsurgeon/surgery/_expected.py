@@ -32,4 +32,9 @@ class Expected:
         try:
             return cls(output, describe_output(call(in_mode(copied, training=True), at_least_two(inputs))), None)
         except Exception as error:  # whatever a foreign forward raises
-            return cls(output, None, f"the model itself does not run that way: {one_line(error)}")
+            return cls(output, None, not_trained(error))
+
+
+def not_trained(error: BaseException) -> str:
+    """Return why a model was not run in train mode, from what it raised."""
+    return f"the model itself does not run that way: {one_line(error)}"

@@ -14,11 +14,11 @@ from convsurgeon.errors import GuardError, SurveyError, one_line
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.surgery._calls import Strangers
 from convsurgeon.surgery._copies import ExampleInputs, call, copy_module, expect_module, in_mode, shadow
-from convsurgeon.surgery._examples import at_least_two, generated_inputs
+from convsurgeon.surgery._examples import at_least_two, describe_inputs, generated_inputs
 from convsurgeon.surgery._expected import Expected
 from convsurgeon.surgery._graph import trace
+from convsurgeon.surgery._observation import written_kernels
 from convsurgeon.surgery._outputs import Leaf, describe_output
-from convsurgeon.surgery._survey import describe_inputs
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,10 @@ def compare_outputs(
     expect_module(student)
     inputs = example_inputs
     if expected is None:
-        inputs, expected = _run_teacher(model, example_inputs)
+        teacher = shadow(model)
+        inputs, expected = _run_teacher(teacher, model, example_inputs)
+        _refuse_written_kernels(model, teacher, student)
+        del teacher
     if inputs is None or expected is None:
         return GuardReport(None)
     what = describe_inputs(inputs) if example_inputs is not None else f"a generated {describe_inputs(inputs)}"
@@ -103,10 +106,19 @@ def compare_outputs(
     return GuardReport(what, tuple(dict.fromkeys(loose)), not_called, expected.not_trained, tensors)
 
 
+def _refuse_written_kernels(model: nn.Module, teacher: nn.Module, student: nn.Module) -> None:
+    written = written_kernels(model, teacher)
+    for fqn, op in student.named_modules() if written else ():
+        if isinstance(op, AbstractCheapConv) and (fqn in written or f"{fqn}.weight".lstrip(".") in written):
+            raise GuardError(
+                f"{type(model).__name__} writes to the kernel of {fqn or '(root)'} when it runs, and an op has none; "
+                f"keep it: --keep {fqn!r}"
+            )
+
+
 def _run_teacher(
-    model: nn.Module, example_inputs: ExampleInputs | None
+    teacher: nn.Module, model: nn.Module, example_inputs: ExampleInputs | None
 ) -> tuple[ExampleInputs | None, Expected | None]:
-    teacher = shadow(model)
     if example_inputs is None:
         for inputs in generated_inputs(model):
             try:

@@ -104,7 +104,12 @@ def rebuild(model: nn.Module, the_plan: Plan) -> nn.Module:
 
 
 def plan_of(student: nn.Module) -> Plan | None:
-    """Return the plan that made a student, or None for a model that was not rewritten."""
+    """Return the plan that made a student, or None for a model that was not rewritten.
+
+    Raises:
+        SurveyError: for what is no model.
+    """
+    expect_module(student)
     data = read_record(student).get("plan")
     return None if data is None else Plan.from_dict(data)
 

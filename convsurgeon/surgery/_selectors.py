@@ -43,6 +43,8 @@ class Selectors:
             OptionError: for an option that does not exist, or is not addressed to one of several ops.
             SelectorError: for patterns that are no text.
         """
+        if not isinstance(to, str):
+            raise SelectorError(f"to must be the name of an op, as 'depthwise', or a Plan, got {to!r}")
         if not isinstance(mapping or {}, Mapping):
             raise SelectorError(f"mapping must map patterns to ops, as {{'layer4.*': 'shift'}}, got {mapping!r}")
         pairs = tuple((mapping or {}).items())

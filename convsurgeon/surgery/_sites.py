@@ -112,7 +112,7 @@ def _unregistered(model: nn.Module, known: set[nn.Module]) -> Iterator[tuple[nn.
         if isinstance(module, AbstractCheapConv):
             continue
         for name, value in vars(module).items():
-            if name not in _REGISTRIES and _may_hold_modules(value):
+            if name not in _REGISTRIES and _may_hold(value, nn.Module):
                 leaves, _ = pytree.tree_flatten_with_path(value)
                 for path, leaf in leaves:
                     if not isinstance(leaf, nn.Module) or leaf in known:
@@ -125,12 +125,12 @@ def _unregistered(model: nn.Module, known: set[nn.Module]) -> Iterator[tuple[nn.
                             yield part, f"{where}.{inner}".rstrip(".")
 
 
-def _may_hold_modules(value: Any) -> bool:
+def _may_hold(value: Any, kind: type) -> bool:
     """Whether an attribute is a container of more than numbers: cheap, since every kernel size is a tuple."""
     if not isinstance(value, (list, tuple, dict)):
         return False
     parts = value.values() if isinstance(value, dict) else value
-    return any(isinstance(part, (nn.Module, list, tuple, dict)) for part in parts)
+    return any(isinstance(part, (kind, list, tuple, dict)) for part in parts)
 
 
 def describe(
@@ -201,9 +201,12 @@ def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield buffers and tensors in plain attributes, but for a `weight` that a hook writes beside its own parameter."""
     for fqn, module in model.named_modules():
         for name, value in (*module._buffers.items(), *vars(module).items()):
-            written = name in ("weight", "bias") and f"{name}_orig" in module._parameters
-            if isinstance(value, Tensor) and _has_storage(value) and not written:
-                yield f"{fqn}.{name}".lstrip("."), value
+            if name in _REGISTRIES or (name in ("weight", "bias") and f"{name}_orig" in module._parameters):
+                continue
+            leaves = pytree.tree_flatten_with_path(value)[0] if _may_hold(value, Tensor) else [((), value)]
+            for path, leaf in leaves:
+                if isinstance(leaf, Tensor) and _has_storage(leaf):
+                    yield f"{fqn}.{name}{pytree.keystr(path)}".lstrip("."), leaf
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from convsurgeon.errors import SurveyError, one_line
+from convsurgeon.errors import SurveyError
 from convsurgeon.ops import AbstractCheapConv
-from convsurgeon.spec import Pair
-from convsurgeon.surgery._calls import Use, Watch
-from convsurgeon.surgery._copies import ExampleInputs, call, expect_module, in_mode, shadow
-from convsurgeon.surgery._examples import generated_inputs
-from convsurgeon.surgery._expected import Expected
+from convsurgeon.surgery._copies import ExampleInputs, expect_module, in_mode, shadow
+from convsurgeon.surgery._examples import at_least_two, generated_inputs
+from convsurgeon.surgery._expected import Expected, not_trained
 from convsurgeon.surgery._functional import Finding, Names, functional_sites, read_by_others
 from convsurgeon.surgery._graph import GraphFacts, read_graphs
-from convsurgeon.surgery._outputs import Leaf, describe_output
+from convsurgeon.surgery._observation import Run, observe, written_kernels
 from convsurgeon.surgery._sites import Site, describe, shared_weights, walk
 
 _STEM_CHANNELS = 4
-_TWO_DIMENSIONAL = (nn.Conv2d, AbstractCheapConv)
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ def survey(model: nn.Module, *, example_inputs: ExampleInputs | None = None) -> 
     Raises:
         SurveyError: if the model cannot be copied, or fails on the example input.
     """
-    return _look(model, example_inputs, in_training=False)[0]
+    return look(model, example_inputs)[0]
 
 
 def look(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Survey, Expected | None]:
@@ -71,136 +67,106 @@ def look(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Survey
     The second is None without an example input, and where nothing looks as if it could be converted.
     """
     expect_module(model)
-    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    standard = any(c.groups == 1 and c.in_channels > _STEM_CHANNELS and c.kernel_size != (1, 1) for c in convs)
-    return _look(model, example_inputs, in_training=standard)
-
-
-def _look(
-    model: nn.Module, example_inputs: ExampleInputs | None, *, in_training: bool
-) -> tuple[Survey, Expected | None]:
-    expect_module(model)
     tied = shared_weights(model)
     registered = set(model.modules())
     modules = [describe(module, fqns, tied, registered=module in registered) for module, fqns in walk(model)]
     copied = shadow(model)
-    run = _observe(copied, Names(copied), example_inputs) if example_inputs is not None else None
-    expected = None
-    if in_training and example_inputs is not None and run is not None:
-        expected = Expected.of(copied, example_inputs, output=run.output)
+    seen = _Seen() if example_inputs is None else _see(model, copied, example_inputs, modules)
+    if seen.expected is not None:
         # what broke off may have left anything behind
-        copied = in_mode(copied, training=False) if expected.not_trained is None else shadow(model)
+        copied = in_mode(copied, training=False) if seen.expected.not_trained is None else shadow(model)
     names = Names(copied)
     graphs = read_graphs(copied, names)
+    run = seen.run
     # what a trial tells is who is called in which order; its sizes are not the caller's
-    seen = run or (_try_out(model) if graphs.untraced else None)
-    findings = [*graphs.findings, *(seen.findings if seen is not None else [])]
+    trial = run or (_try_out(model) if graphs.untraced else None)
+    findings = [*graphs.findings, *(trial.findings if trial is not None else [])]
     if run is None:
         findings = [replace(finding, input_size=None) for finding in findings]
-    reads = read_by_others(findings, names)
-    unusual = run.unusual if run is not None else {}
-    order = seen.order if seen is not None and seen.order else graphs.order
+    findings += _of_training_only(seen.in_training, findings)
+    obstacles = read_by_others(findings, names), seen.unusual, seen.written
+    order = trial.order if trial is not None and trial.order else graphs.order
     first = order[0] if order else _first_in_module_order(model)
-    sites = [_complete(_with_obstacles(site, reads, unusual), graphs, run, first) for site in modules]
+    sites = [_complete(_with_obstacles(site, *obstacles), graphs, run, first) for site in modules]
     mine = {fqn for site in sites for fqn in site.fqns}
     functional = [site for site in functional_sites(findings, names) if not mine.intersection(site.fqns)]
-    sites += [_complete(site, graphs, None, first) for site in functional]
-    return Survey(type(model).__name__, tuple(sites), tuple(graphs.untraced), observed=run is not None), expected
+    sites += [_complete(_with_obstacles(site, {}, {}, seen.written), graphs, None, first) for site in functional]
+    found = Survey(type(model).__name__, tuple(sites), tuple(graphs.untraced), observed=run is not None)
+    return found, seen.expected
 
 
-def _try_out(model: nn.Module) -> _Run | None:
+@dataclass
+class _Seen:
+    """What the runs on the example input showed, in eval mode and, where anything can be converted, in train mode.
+
+    Args:
+        written: kernels that were written to, with the reason to keep them.
+    """
+
+    run: Run | None = None
+    in_training: Run | None = None
+    expected: Expected | None = None
+    written: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def unusual(self) -> dict[str, str]:
+        """Convolutions that were called as no `nn.Conv2d` can be, in either mode."""
+        runs = [run.unusual for run in (self.in_training, self.run) if run is not None]
+        return {fqn: reason for unusual in runs for fqn, reason in unusual.items()}
+
+
+def _see(model: nn.Module, copied: nn.Module, example_inputs: ExampleInputs, modules: Sequence[Site]) -> _Seen:
+    seen = _Seen(observe(copied, Names(copied), example_inputs))
+    assert seen.run is not None
+    written = dict.fromkeys(written_kernels(model, copied), "its kernel is written to when the model runs")
+    specs = [site.spec for site in modules if site.spec is not None and site.obstacle is None]
+    if any(spec.groups == 1 and spec.in_channels > _STEM_CHANNELS and not spec.is_pointwise for spec in specs):
+        why_not = None
+        try:
+            seen.in_training = observe(in_mode(copied, training=True), Names(copied), at_least_two(example_inputs))
+        except SurveyError as error:
+            why_not = not_trained(error.__cause__ or error)
+        output = seen.in_training.output if seen.in_training is not None else None
+        seen.expected = Expected(seen.run.output, output, why_not)
+        reason = "its kernel is written to when the model runs in train mode"
+        written = dict.fromkeys(written_kernels(model, copied), reason) | written
+    seen.written = written
+    return seen
+
+
+def _of_training_only(run: Run | None, findings: Sequence[Finding]) -> list[Finding]:
+    """Return what only a run in train mode has shown; it counts in no cost."""
+
+    def key(finding: Finding) -> tuple[Any, bool]:
+        return finding.kernel or (finding.owner, finding.function, finding.where), finding.is_convolution
+
+    known = {key(finding) for finding in findings}
+    new = [] if run is None else run.findings
+    return [replace(finding, input_size=None) for finding in new if key(finding) not in known]
+
+
+def _try_out(model: nn.Module) -> Run | None:
     """Return what a run on a generated image shows, where tracing failed and no input is given."""
     for image in generated_inputs(model):
         copied = shadow(model)
         with contextlib.suppress(SurveyError):  # then it takes no such image
-            return _observe(copied, Names(copied), image)
+            return observe(copied, Names(copied), image)
     return None
 
 
-@dataclass
-class _Run:
-    order: list[str]
-    sizes: Mapping[str, tuple[Pair, ...]]
-    findings: list[Finding]
-    output: list[Leaf]
-    unusual: Mapping[str, str]
-
-
-def _observe(model: nn.Module, names: Names, example_inputs: ExampleInputs) -> _Run:
-    order: list[str] = []
-    sizes: dict[str, tuple[Pair, ...]] = {}
-    unusual: dict[str, str] = {}
-
-    def note(fqn: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            order.append(fqn)
-            x = args[0] if args else kwargs.get("input", kwargs.get("x"))
-            if isinstance(module, nn.Conv2d) and (reason := _unusual_call(module, x, args[1:], kwargs)):
-                unusual.setdefault(fqn, reason)
-            if isinstance(module, _TWO_DIMENSIONAL) and isinstance(x, Tensor) and x.dim() >= 3:
-                sizes[fqn] = (*sizes.get(fqn, ()), (int(x.shape[-2]), int(x.shape[-1])))
-
-        return hook
-
-    sites = list(walk(model))
-    handles = [
-        # before an op's own padding
-        module.register_forward_pre_hook(note(fqns[0]), with_kwargs=True, prepend=True)
-        for module, fqns in sites
-        if not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
-    ]
-    inside = tuple(f"{fqns[0]}." for module, fqns in sites if isinstance(module, AbstractCheapConv))
-    for fqn, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not fqn.startswith(inside):
-            handles.append(module.register_forward_pre_hook(note(fqn), with_kwargs=True))
-
-    def note_functional(use: Use) -> None:
-        kernel = names.first(use.tensor)
-        if not names.is_own(use):
-            order.append(kernel or f"{use.function}()")
-            return
-        assert use.owner is not None
-        owner = names.modules.get(use.owner)
-        if owner is not None and order[-1:] != [owner]:
-            order.append(owner)  # its forward was called, not itself
-        if kernel is not None and use.input_size is not None:
-            sizes[kernel] = (*sizes.get(kernel, ()), use.input_size)
-
-    known = {*names.modules, *(part for module, _ in sites if module not in names.modules for part in module.modules())}
-    watch = Watch(names.kernels, known, on_convolution=note_functional)
-    try:
-        output = describe_output(call(model, example_inputs, watch))
-    except Exception as error:
-        raise SurveyError(
-            f"{type(model).__name__} itself fails on the example input {describe_inputs(example_inputs)}: "
-            f"{one_line(error)}; give an input that it takes (a copy is run, which must work like the model)"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    findings = [names.resolve(use) for use in (*watch.convolutions, *watch.others) if not names.is_own(use)]
-    return _Run(order, sizes, findings, output, unusual)
-
-
-def _unusual_call(module: nn.Conv2d, x: Any, more: Sequence[Any], named: Mapping[str, Any]) -> str | None:
-    """Return how a convolution of a class of its own is called as no `nn.Conv2d` can be, or None."""
-    names = [*("" for _ in more), *(name for name in named if named[name] is not x)]
-    if names:
-        said = "".join(f" {name}=" for name in names[:1] if name)
-        return f"it is called with more than an image{said and ':' + said}"
-    channels = x.shape[-3] if isinstance(x, Tensor) and x.dim() >= 3 else module.in_channels
-    if channels != module.in_channels:
-        return f"it is called with {channels} channels, and its weight is made for {module.in_channels}"
-    return None
-
-
-def _with_obstacles(site: Site, reads: Mapping[str, str], unusual: Mapping[str, str]) -> Site:
+def _with_obstacles(
+    site: Site, reads: Mapping[str, str], unusual: Mapping[str, str], written: Mapping[str, str]
+) -> Site:
     reason = next((reads[fqn] for fqn in _callers(site) if fqn in reads), None)
     reason = reason or next((unusual[fqn] for fqn in site.fqns if fqn in unusual), None)
+    # a weight may have other names inside, where it is parametrized
+    inside = tuple(f"{fqn}.".lstrip(".") for fqn in site.fqns)
+    touched = [why for name, why in written.items() if name in site.fqns or name.startswith(inside)]
+    reason = reason or next(iter(touched), None)
     return site if reason is None or site.obstacle or site.op else replace(site, obstacle=reason)
 
 
-def _complete(site: Site, graphs: GraphFacts, run: _Run | None, first: str | None) -> Site:
+def _complete(site: Site, graphs: GraphFacts, run: Run | None, first: str | None) -> Site:
     """Add what graphs and run tell; a functional site knows that already, but for what it comes before."""
     routes = list(site.routes)
     facts: dict[str, Any] = {}
@@ -231,20 +197,3 @@ def _first_in_module_order(model: nn.Module) -> str | None:
         if isinstance(module, (_ConvNd, nn.Linear, AbstractCheapConv)):
             return str(fqn)
     return None
-
-
-def describe_inputs(example_inputs: Any) -> str:
-    """Return the shapes of an example input as a person would write them.
-
-    >>> import torch
-    >>> describe_inputs((torch.zeros(1, 3, 8, 8), {"mask": None}))
-    '(1x3x8x8, {mask: NoneType})'
-    """
-    if isinstance(example_inputs, Tensor):
-        return "x".join(str(size) for size in example_inputs.shape)
-    if isinstance(example_inputs, Mapping):
-        items = (f"{key}: {describe_inputs(value)}" for key, value in example_inputs.items())
-        return "{" + ", ".join(items) + "}"
-    if isinstance(example_inputs, (tuple, list)):
-        return "(" + ", ".join(describe_inputs(value) for value in example_inputs) + ")"
-    return type(example_inputs).__name__
