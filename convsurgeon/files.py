@@ -63,11 +63,12 @@ def refuse_to_overwrite(path: str | Path, *, force: bool = False) -> Path:
     """
     path = Path(path)
     try:
-        exists = path.exists()
+        exists = path.exists() or path.is_symlink()
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}; choose another name") from error
     if not path.parent.is_dir():
-        raise OutputError(f"cannot write {path}: no such folder: {path.parent}; make it first")
+        what = "is no folder" if path.parent.exists() else "is not there; make it first"
+        raise OutputError(f"cannot write {path}: the folder {path.parent} {what}")
     if exists and not force:
         raise OutputError(f"{path} exists already; choose another name or say --force")
     if exists and not path.is_file():

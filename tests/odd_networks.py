@@ -615,3 +615,28 @@ class ForgetsToReturnItselfFromTrain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.other(self.conv(x))
         return y
+
+
+@odd(error=(cs.errors.GuardError, "its forward asks what its layers are"))
+class HalvesWhatIsNoConvolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([conv(), conv(), nn.ReLU()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) if isinstance(layer, (nn.Conv2d, nn.ReLU)) else layer(x) * 0.5
+        return x
+
+
+@odd("layers.0", "layers.1", "w")
+class AsksForWhatItMayAsk(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([conv(), conv(), nn.ReLU()])
+        self.w = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) if isinstance(layer, nn.Module) else x
+        return nn.functional.conv2d(x, self.w) if isinstance(x, Tensor) else x

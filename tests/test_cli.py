@@ -193,7 +193,7 @@ def refusals() -> dict[str, tuple[str, str]]:
         "output is a folder": (f"convert {named} -o .", ". exists already; choose another name or say --force"),
         "output without a folder": (
             f"convert {named} -o no/where.pt",
-            "cannot write no/where.pt: no such folder: no; make it first",
+            "cannot write no/where.pt: the folder no is not there; make it first",
         ),
         "no data": (f"evaluate {named}", which_data),
         "no data to learn from": (f"distill {named}", which_data),

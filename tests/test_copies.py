@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import convsurgeon as cs
+from convsurgeon.surgery import _copies, _guard, _survey
 from convsurgeon.surgery._calls import Watch
 from convsurgeon.surgery._copies import call, copy_module, shadow
 from convsurgeon.surgery._functional import Names
@@ -116,6 +117,30 @@ def test_watching_a_run_keeps_no_tensor_of_it_alive() -> None:
         call(model, torch.zeros(1, 3, 8, 8), watch)
         assert len(watch.convolutions) == 2
         assert [reference() for reference in seen] == [None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("inputs", [None, torch.zeros(1, 3, 8, 8)])
+@pytest.mark.parametrize("use", [cs.survey, cs.plan, cs.rewrite])
+def test_no_copy_outlives_its_use(use: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy-on-write copy that is left lying in a cycle would move the model's memory at its next step."""
+    made = []
+
+    def noting(original: Any) -> Any:
+        def call(*args: Any) -> nn.Module:
+            made.append(weakref.ref(copied := original(*args)))
+            return copied
+
+        return call
+
+    for room in (_copies, _guard, _survey):
+        monkeypatch.setattr(room, "shadow", noting(_copies.shadow))
+    gc.disable()
+    try:
+        use(net(), example_inputs=inputs)
+        assert len(made) > 0
+        assert {reference() for reference in made} == {None}
     finally:
         gc.enable()
 

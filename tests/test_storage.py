@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import threading
 import zipfile
@@ -816,3 +817,31 @@ def test_students_of_torchvision(tmp_path, name, op):
         loaded = storage.load(storage.save(student, tmp_path / f"student{suffix}"))
         assert_same_state(loaded, student)
         assert plan_of(loaded) == plan_of(student)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_a_full_disk_is_an_output_error(name: str, tmp_path: Path) -> None:
+    """In a process of its own, since it is the process whose files may not grow."""
+    code = f"""
+import resource, signal
+import convsurgeon as cs
+net = cs.load("torchvision:squeezenet1_1")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, -1))
+try:
+    cs.save(net, {str(tmp_path / name)!r})
+except cs.errors.OutputError as error:
+    print(error)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.stdout == f"cannot write {tmp_path / name}: File too large\n", ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_pickled_module_gives_the_same_bytes(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    first = storage.save(rewrite(net), tmp_path / "a.pt").read_bytes()
+    again = storage.save(storage.load(tmp_path / "a.pt"), tmp_path / "b.pt").read_bytes()
+    third = storage.save(storage.load(tmp_path / "b.pt"), tmp_path / "c.pt").read_bytes()
+    assert len(first) == len(again)
+    assert again == third

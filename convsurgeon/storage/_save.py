@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from convsurgeon.errors import ConvSurgeonError, ModelError, one_line
+from convsurgeon.errors import ConvSurgeonError, ModelError, OutputError, one_line
 from convsurgeon.files import refuse_to_overwrite, write_atomically
 from convsurgeon.record import read_record
 from convsurgeon.storage._programs import ExampleInputs, is_exported, write_program
@@ -61,14 +62,27 @@ def save(
         elif path.suffix == _NAMED:
             write_student(student, temporary)
         else:
-            torch.save(student, temporary)
+            with temporary.open("wb") as file:  # given its name, torch would write that into the file
+                torch.save(student, file)
 
     try:
         return write_atomically(path, write)
     except ConvSurgeonError:
         raise
     except Exception as error:  # whatever pickle and safetensors make of a module
+        if (problem := _of_the_disk(error)) is not None:
+            raise OutputError(f"cannot write {path}: {problem}") from error
         raise ModelError(f"{type(student).__name__} cannot be saved as {path}: {one_line(error)}") from error
+
+
+def _of_the_disk(error: BaseException) -> str | None:
+    """Return what the operating system said, where torch or safetensors failed on a write, or None."""
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return os.strerror(int(found.group(1)))
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return None if cause is None else cause.strerror
 
 
 def default_output(model: nn.Module, source: str, tag: str) -> Path:

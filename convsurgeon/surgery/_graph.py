@@ -65,8 +65,12 @@ def trace(module: nn.Module) -> fx.Graph:
     """Trace a module with its optional arguments at their defaults; whatever fails is raised."""
     parameters = inspect.signature(module.forward).parameters.values()
     optional = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    with untouched_random_state():
-        return SiteTracer().trace(module, concrete_args=optional or None)
+    tracer = SiteTracer()
+    try:
+        with untouched_random_state():
+            return tracer.trace(module, concrete_args=optional or None)
+    finally:
+        vars(tracer).clear()  # it stands in a cycle, and would keep the module alive
 
 
 def read_graphs(model: nn.Module, names: Names) -> GraphFacts:
@@ -100,6 +104,8 @@ def read_graphs(model: nn.Module, names: Names) -> GraphFacts:
                 result.facts.setdefault(called_as, {"stem": True})
         if fqn == "":
             result.order = list(called.values())
+        for node in graph.nodes:  # graphs are full of cycles, which would keep the model's copy alive
+            node.meta.clear()
     return result
 
 

@@ -19,6 +19,7 @@ from convsurgeon.surgery._expected import Expected
 from convsurgeon.surgery._graph import trace
 from convsurgeon.surgery._observation import written_kernels
 from convsurgeon.surgery._outputs import Leaf, describe_output
+from convsurgeon.surgery._values import asks_what_layers_are, difference_with_the_same_kernels
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,12 @@ def compare_outputs(
     calls = note_calls(copied)
     loose = _compare(copied, model, inputs, expected.output, what=what, training=False)
     not_called = _not_called(model, calls, inputs)
+    if asks_what_layers_are(model) and (far := difference_with_the_same_kernels(model, student, inputs)):
+        raise GuardError(
+            f"the student's output on the example input {what} is {far:.0%} off that of {type(model).__name__} with "
+            "the same kernels: its forward asks what its layers are, and an op is no nn.Conv2d; call the layers "
+            "whatever they are"
+        )
     if expected.in_training is not None:
         batch, in_training = at_least_two(inputs), f"{what}, in train mode"
         loose += _compare(copied, model, batch, expected.in_training, what=in_training, training=True)
