@@ -11,7 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from convsurgeon import ops, rewrite
 from convsurgeon.errors import OptionError, UnsupportedConvError
-from convsurgeon.factorization import _blocks, fixed_taps, highest_energy_taps, low_rank, one_hot_kernel, rank_one
+from convsurgeon.factorization import (
+    _blocks,
+    fixed_taps,
+    highest_energy_taps,
+    low_rank,
+    one_hot_kernel,
+    rank_keeping,
+    rank_one,
+)
 from convsurgeon.spec import ConvSpec
 from convsurgeon.testing import accepts, make_donor, sample_cases
 
@@ -479,3 +487,21 @@ def test_no_float64_copy_of_a_large_kernel_is_made(name, monkeypatch):
         ops.get(name).from_conv(donor)
     # a block, or one matrix of squares where that is more
     assert 0 < seen.numbers <= 64 * 64 < donor.weight.numel() / 8
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.999, 1.0])
+def test_the_rank_that_keeps_a_share_of_energy_is_the_smallest(share: float) -> None:
+    torch.manual_seed(3)
+    matrices = torch.randn(5, 7, 4) * torch.tensor([4.0, 2.0, 1.0, 0.1])
+    energy = torch.linalg.svdvals(matrices.double()).square().sum(dim=0).cumsum(0)
+    rank = rank_keeping(matrices, share)
+    assert energy[rank - 1] >= share * energy[-1] * (1 - 1e-9)
+    assert rank == 1 or energy[rank - 2] < share * energy[-1]
+    assert rank_keeping(matrices.mT, share) == rank
+
+
+def test_the_rank_of_zeros_and_of_huge_numbers() -> None:
+    assert rank_keeping(torch.zeros(2, 3, 4), 0.5) == 1
+    assert rank_keeping(torch.diag(torch.tensor([1e200, 1e199])).double(), 0.9) == 1
+    with pytest.raises(UnsupportedConvError, match="NaN"):
+        rank_keeping(torch.full((2, 2), torch.nan), 0.5)

@@ -53,7 +53,7 @@ def run(
     network = load_model(model, weights=weights, model_arg=model_arg, trust=trust, trust_module=trust_module)
     example = example_for(network, input_shape)
     found = survey(network, example_inputs=example)
-    the_plan = ready or make_plan(found, to or DEFAULT_OP, **selectors(keep, only, mapping, option))
+    the_plan = ready or make_plan(network, to or DEFAULT_OP, found=found, **selectors(keep, only, mapping, option))
     target = output or default_output(network, model, the_plan.tag)
     plan_file = target.parent / f"{target.stem}.plan.json"
     if not dry_run:

@@ -3,7 +3,7 @@
 Everything is computed in float64, block by block, and handed back in the dtype of what came in.
 """
 
-from convsurgeon.factorization._low_rank import low_rank, rank_one
+from convsurgeon.factorization._low_rank import low_rank, rank_keeping, rank_one
 from convsurgeon.factorization._taps import fixed_taps, highest_energy_taps, one_hot_kernel
 
-__all__ = ["fixed_taps", "highest_energy_taps", "low_rank", "one_hot_kernel", "rank_one"]
+__all__ = ["fixed_taps", "highest_energy_taps", "low_rank", "one_hot_kernel", "rank_keeping", "rank_one"]

@@ -90,3 +90,36 @@ def rank_one(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """
     left, right = low_rank(matrices, 1)
     return left[..., 0], right[..., 0, :]
+
+
+@torch.no_grad()
+def rank_keeping(matrices: Tensor, share: float) -> int:
+    """Return the smallest rank whose best approximations keep a share of all the matrices' energy together.
+
+    The energy of a matrix is its squared Frobenius norm, the sum of its squared singular values; one rank
+    serves all matrices. Zeros need rank 1.
+
+    Shape:
+        - matrices: `(..., R, C)`; the result is from 1 to `min(R, C)`
+
+    Args:
+        share: of the energy, from 0 to 1.
+
+    Raises:
+        UnsupportedConvError: if a number is NaN or infinite.
+
+    >>> rank_keeping(torch.diag(torch.tensor([3.0, 1.0, 0.5])), 0.9)
+    2
+    """
+    rows, columns = matrices.shape[-2:]
+    flat_BRC = matrices.reshape(-1, rows, columns)
+    tall_BNn = flat_BRC if rows >= columns else flat_BRC.mT
+    scale = power_of_two(flat_BRC)
+    energy_n = torch.zeros(min(rows, columns), dtype=torch.float64, device=matrices.device)
+    for part in parts(len(flat_BRC), rows * columns):
+        gram_Bnn = Blocks(tall_BNn[part], scale).gram()
+        refuse_unless_finite(gram_Bnn.diagonal(dim1=-2, dim2=-1))
+        energy_n += torch.linalg.eigvalsh(gram_Bnn).flip(-1).clamp_min(0).sum(dim=0)
+    kept_n = energy_n.cumsum(0)
+    # the last sum and the share of it are rounded differently
+    return int((kept_n < share * kept_n[-1] * (1 - 1e-12)).sum().clamp_max(len(kept_n) - 1)) + 1

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from convsurgeon.errors import UnsupportedConvError
+from convsurgeon.ops._ranks import is_share_of_energy
 from convsurgeon.ops._same_padding import SamePadding
 from convsurgeon.options import parse_options
 from convsurgeon.spec import ConvSpec, Pair
@@ -90,8 +91,12 @@ class AbstractCheapConv(nn.Module, ABC):
         """Map `(B, I, H, W)` to `(B, O, P, Q)`, the size the dense convolution would give."""
 
     @classmethod
-    def fit_options(cls, spec: ConvSpec, options: Any) -> Any:
-        """Return the options that fit this convolution best; by default as given."""
+    def fit_options(cls, spec: ConvSpec, options: Any, weight: Tensor | None = None) -> Any:
+        """Return the options that fit this convolution best; by default as given.
+
+        Args:
+            weight: the dense kernel `(O, I, kh, kw)`, where it is known: a rank may be a share of its energy.
+        """
         return options
 
     @classmethod
@@ -145,6 +150,12 @@ class AbstractCheapConv(nn.Module, ABC):
 
     @classmethod
     @final
+    def depends_on_weight(cls, options: Any) -> bool:
+        """Whether what the options come to depends on the dense kernel: one is a share of its energy."""
+        return any(is_share_of_energy(value) for value in dataclasses.asdict(options).values())
+
+    @classmethod
+    @final
     def build(
         cls,
         spec: ConvSpec,
@@ -152,13 +163,18 @@ class AbstractCheapConv(nn.Module, ABC):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        weight: Tensor | None = None,
     ) -> Self:
         """Return a fresh op with torch's own random initialisation.
+
+        Args:
+            weight: the dense kernel `(O, I, kh, kw)` that a rank given as a share of energy is taken from.
 
         Raises:
             UnsupportedConvError: with the sentence of `why_not`.
         """
-        options = cls.fit_options(spec, cls.parse_options(options))
+        known = None if weight is None or weight.is_meta else weight
+        options = cls.fit_options(spec, cls.parse_options(options), known)
         if reason := cls.why_not(spec, options):
             raise UnsupportedConvError(f"{cls.name}: {reason} ({spec})")
         with torch.device(device or torch.get_default_device()):
@@ -181,7 +197,7 @@ class AbstractCheapConv(nn.Module, ABC):
         """
         weight, bias = conv.weight.detach(), conv.bias
         with _Uninitialized():
-            op = cls.build(ConvSpec.from_conv(conv), options, device="meta", dtype=weight.dtype)
+            op = cls.build(ConvSpec.from_conv(conv), options, device="meta", dtype=weight.dtype, weight=weight)
         op.to_empty(device=weight.device)
         if initialize and not weight.is_meta:
             with torch.no_grad():

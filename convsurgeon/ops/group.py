@@ -59,7 +59,7 @@ class GroupConv2d(AbstractSpatialPointwise):
                 raise OptionError(f"group: option groups must be at least 2, got {self.groups}")
 
     @classmethod
-    def fit_options(cls, spec: ConvSpec, options: Any) -> Any:
+    def fit_options(cls, spec: ConvSpec, options: Any, weight: Tensor | None = None) -> Any:
         """Lower `groups` to the largest number that divides the input channels."""
         groups = cls.spatial_groups(spec, options)
         return options if groups in (1, options.groups) else replace(options, groups=groups)

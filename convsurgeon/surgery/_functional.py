@@ -12,7 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import ConvSpec, Pair
 from convsurgeon.surgery._calls import Use
-from convsurgeon.surgery._sites import Site
+from convsurgeon.surgery._donors import Donor, find_donor
+from convsurgeon.surgery._sites import Site, find_module
 
 
 @dataclass(frozen=True)
@@ -167,3 +168,14 @@ def _unused(name: str, taken: set[str]) -> str:
         number += 1
         found = f"{name}#{number}"
     return found
+
+
+def kernel_of(model: nn.Module, site: Site) -> Tensor | None:
+    """Return the dense kernel that the op of a site starts from, or None where it cannot be told."""
+    names = Names(model)
+    kernel = names.kernels.get(names.by_name.get(site.fqns[0], -1))
+    if kernel is not None:
+        return kernel
+    module = find_module(model, site)
+    donor = find_donor(module) if isinstance(module, nn.Conv2d) else None
+    return donor.conv.weight if isinstance(donor, Donor) else None

@@ -15,6 +15,7 @@ from convsurgeon.errors import NothingToConvertError, PlanError, SurveyError, on
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import ConvSpec
 from convsurgeon.surgery._copies import ExampleInputs
+from convsurgeon.surgery._functional import kernel_of
 from convsurgeon.surgery._parsing import expect_keys, finite, is_text, parse_plain, parse_spec, shown, text_of
 from convsurgeon.surgery._selectors import FilterFn, Selectors
 from convsurgeon.surgery._sites import Site, find_module
@@ -138,6 +139,7 @@ def plan(
     options: Any = None,
     filter_fn: FilterFn | None = None,
     example_inputs: ExampleInputs | None = None,
+    found: Survey | None = None,
 ) -> Plan:
     """Decide about every convolution of a model, without touching it.
 
@@ -153,6 +155,7 @@ def plan(
         options: the op's options, `{"groups": 8}`; `{"group.groups": 8}` where several ops are used.
         filter_fn: called with each convolution and its fqn; False keeps it.
         example_inputs: an input to run once, for call order and sizes.
+        found: what `survey` found in the model, if that is known already.
 
     Raises:
         NothingToConvertError: if no convolution would be converted, counting the reasons.
@@ -164,7 +167,7 @@ def plan(
         if filter_fn is not None:
             raise SurveyError("filter_fn needs the model, not its survey: call plan(model, filter_fn=...)")
         found = model
-    else:
+    elif found is None:
         found = survey(model, example_inputs=example_inputs)
     return decide(
         found,
@@ -196,14 +199,14 @@ def decide(
     decisions = []
     for site in found.sites:
         passed = filter_fn is None or filter_fn(find_module(model, site), site.fqn)  # type: ignore[arg-type]
-        decisions.append(_decide(site, selectors) if passed else _keep(site, "filtered", "filter_fn said no"))
+        decisions.append(_decide(site, selectors, model) if passed else _keep(site, "filtered", "filter_fn said no"))
     result = Plan(found.model, tuple(decisions))
     if not result.converted:
         raise NothingToConvertError(_nothing(result, to))
     return result
 
 
-def _decide(site: Site, selectors: Selectors) -> Decision:
+def _decide(site: Site, selectors: Selectors, model: nn.Module | Survey) -> Decision:
     if reason := selectors.kept_by(site):
         return _keep(site, "kept by selector", reason)
     if fixed := _impossible(site):
@@ -214,7 +217,12 @@ def _decide(site: Site, selectors: Selectors) -> Decision:
         return _keep(site, *kept)
     name = mapped or selectors.to
     op, wished = ops.get(name), selectors.options[name]
-    options = op.fit_options(site.spec, wished)
+    kernel = None
+    if op.depends_on_weight(wished):
+        if isinstance(model, Survey):
+            raise SurveyError(f"{name}: a share of energy needs the model, not its survey: call plan(model, ...)")
+        kernel = kernel_of(model, site)
+    options = op.fit_options(site.spec, wished, kernel)
     if reason := op.why_not(site.spec, options):
         return _keep(site, f"{name} refused", f"{name}: {reason}")
     ratio = mac_ratio(site.spec, op, options)
@@ -259,9 +267,9 @@ def mac_ratio(spec: ConvSpec, op: type[AbstractCheapConv], options: Any) -> floa
 
 def _converted_reason(ratio: float, wished: Any, options: Any) -> str:
     change = [
-        f"{key}={value}, since {asdict(wished)[key]} does not fit"
+        f"{key}={value}, since {asked} does not fit" if isinstance(asked, int) else f"{key}={value} for {asked}"
         for key, value in asdict(options).items()
-        if asdict(wished)[key] != value
+        if (asked := asdict(wished)[key]) != value
     ]
     verb = f"{ratio:.1f}x fewer MACs" if ratio >= 1 else f"{1 / ratio:.1f}x more MACs, as mapped"
     return "; ".join([verb, *change])
