@@ -502,6 +502,6 @@ def test_the_rank_that_keeps_a_share_of_energy_is_the_smallest(share: float) -> 
 
 def test_the_rank_of_zeros_and_of_huge_numbers() -> None:
     assert rank_keeping(torch.zeros(2, 3, 4), 0.5) == 1
-    assert rank_keeping(torch.diag(torch.tensor([1e200, 1e199])).double(), 0.9) == 1
+    assert rank_keeping(torch.diag(torch.tensor([1e200, 1e199], dtype=torch.float64)), 0.9) == 1
     with pytest.raises(UnsupportedConvError, match="NaN"):
         rank_keeping(torch.full((2, 2), torch.nan), 0.5)
