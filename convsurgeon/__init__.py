@@ -7,6 +7,7 @@ from convsurgeon import errors
 
 if TYPE_CHECKING:
     from convsurgeon import ops as ops
+    from convsurgeon.calibration import calibrate as calibrate
     from convsurgeon.delivery import Delivery as Delivery
     from convsurgeon.delivery import export as export
     from convsurgeon.distillation import DistillResult as DistillResult
@@ -37,6 +38,7 @@ _HOMES = {
     "Plan": "surgery",
     "Site": "surgery",
     "Survey": "surgery",
+    "calibrate": "calibration",
     "distill": "distillation",
     "evaluate": "evaluation",
     "export": "delivery",

@@ -15,6 +15,7 @@
     │   ├── UntrustedFileError    loading it would run code that nobody has allowed
     │   └── WeightsError          weights that do not fit the architecture
     ├── DataError                 missing, malformed or mismatched data
+    ├── CalibrationError          a student that cannot be calibrated with these images and this teacher
     ├── DistillationError         a training run that cannot start, continue or resume
     ├── ExportError               no ONNX file could be made
     │   └── ParityError           it was made, and disagreed with PyTorch
@@ -91,6 +92,10 @@ class WeightsError(ModelError):
 
 class DataError(ConvSurgeonError):
     """Missing, malformed or mismatched data."""
+
+
+class CalibrationError(ConvSurgeonError):
+    """A student cannot be calibrated: it has no op, or does not come from this teacher."""
 
 
 class DistillationError(ConvSurgeonError):

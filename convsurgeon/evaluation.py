@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from convsurgeon.data import DataSplits, ImageSet, make_loader
@@ -276,3 +277,22 @@ def _session_scorer(session: Any) -> Scorer:
 def _padded(images: Tensor, count: int) -> Tensor:
     missing = count - len(images)
     return torch.cat([images, images[-1:].expand(missing, *images.shape[1:])]) if missing else images
+
+
+def float_leaves(output: Any) -> list[Tensor]:
+    """Return the floating-point tensors in what a model answers: the logits first, where they can be told."""
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    try:
+        first = logits_of(output)
+    except ModelError:
+        return leaves
+    known = [first] if first.is_floating_point() else []
+    return known + [leaf for leaf in leaves if leaf is not first]
+
+
+def is_class_scores(answer: Tensor) -> bool:
+    """Whether an answer looks like one row of unbounded class scores an image, and not like shares or a map."""
+    if answer.dim() != 2 or answer.shape[1] < 2:
+        return False
+    lowest, highest = answer.detach().aminmax()
+    return not (float(lowest) >= 0 and float(highest) <= 1)

@@ -44,7 +44,7 @@ def run(method: str = "frozen", train: Any = TRAIN, val: Any = VAL, **settings: 
 # --- what comes out
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if methods.get(name).needs_labels])
 def test_every_method_makes_the_student_better(method: str) -> None:
     teacher, student = couple()
     before = evaluate(student, VAL).accuracy
@@ -52,6 +52,23 @@ def test_every_method_makes_the_student_better(method: str) -> None:
     after = evaluate(result.student, VAL).accuracy
     assert before < 0.6
     assert after > max(0.9, before)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("options", [{}, {"cutmix": 0.0}, {"blocks": 0.0}])
+def test_without_labels_the_student_comes_to_agree_with_its_teacher(options: Any, labelled: bool) -> None:
+    teacher, student = couple()  # which knows nothing
+    trained = cs.distill(None, teacher, TRAIN, VAL, method="supervised", **{**QUICK, "epochs": 6}).student
+    before = evaluate(student, VAL, teacher=trained).agreement
+    train = TRAIN if labelled else TensorDataset(TRAIN.tensors[0])
+    learnt = cs.distill(
+        trained, student, train, method="imitate", method_options=options, **{**QUICK, "epochs": 12, "seed": 1}
+    ).student
+    after = evaluate(learnt, VAL, teacher=trained).agreement
+    assert before is not None
+    assert after is not None
+    assert before < 0.6
+    assert after > 0.9
     assert result.metrics["student"] == after
     assert len(result.metrics["history"]) == 6
     assert result.metrics["precision"] == "no"
@@ -102,7 +119,8 @@ def test_a_frozen_teacher_stays_bit_identical_and_a_joint_one_learns() -> None:
     assert_bit_identical(frozen.teacher, teacher)
     joint = cs.distill(teacher, student, TRAIN, VAL, method="joint", **{**QUICK, "epochs": 1})
     changed = [k for k, v in joint.teacher.state_dict().items() if not torch.equal(v, teacher.state_dict()[k])]
-    assert changed == list(teacher.state_dict())
+    # a bias before a batch norm has no gradient but rounding
+    assert set(teacher.state_dict()) - set(changed) <= {"conv1.bias"}
     assert joint.metrics["teacher_before"] == evaluate(teacher, VAL).accuracy
     assert joint.metrics["teacher_after"] == evaluate(joint.teacher, VAL).accuracy
 

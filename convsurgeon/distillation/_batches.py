@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from convsurgeon.data import ImageSet, make_loader
+from convsurgeon.distillation import methods
 from convsurgeon.distillation._config import Training
 from convsurgeon.errors import DataError, DistillationError, one_line
-from convsurgeon.evaluation import check_head, logits_of
+from convsurgeon.evaluation import check_head, float_leaves, is_class_scores, logits_of
 from convsurgeon.surgery import in_mode
 
 _NO_LENGTH = "train must have a length, so that the schedule knows its end"
@@ -60,7 +61,10 @@ def first_batch(
     if length == 0:
         raise DataError(_NO_BATCH)
     seed_all(config.seed, 0, -2)
-    images, labels = pair(next(iter(loader)))
+    batch = next(iter(loader))
+    if not methods.get(config.method).needs_labels:
+        return _first_images(images_of(batch), student, teacher)
+    images, labels = pair(batch)
     if labels.is_floating_point() or labels.shape != images.shape[:1]:
         raise DataError(
             f"the training labels must be one class number for each image, not {labels.dtype} "
@@ -78,6 +82,19 @@ def first_batch(
     return images.cpu(), width
 
 
+def _first_images(images: Tensor, student: nn.Module, teacher: nn.Module | None) -> tuple[Tensor, int]:
+    images = images.cpu()
+    answers = [_answers(each, images, who) for each, who in ((student, "student"), (teacher, "teacher")) if each]
+    shapes = [[tuple(leaf.shape) for leaf in leaves] for leaves in answers]
+    if shapes[0] != shapes[-1] or not shapes[0]:
+        raise DistillationError(
+            f"the student answers with float tensors of shapes {shapes[0]}, the teacher with {shapes[-1]}; "
+            "expected the same, and at least one"
+        )
+    scores = answers[-1][0]
+    return images, scores.shape[1] if is_class_scores(scores) else 0
+
+
 def check_labels(labels: Tensor, width: int) -> None:
     """Raise a `DataError` that names both numbers, if a label has no score."""
     lowest, highest = int(labels.min()), int(labels.max())
@@ -88,14 +105,22 @@ def check_labels(labels: Tensor, width: int) -> None:
         )
 
 
-def _width(network: nn.Module, images: Tensor, who: str) -> int:
+def _answer(network: nn.Module, images: Tensor, who: str) -> Any:
     probe = in_mode(copy.deepcopy(network).cpu(), training=False)
     try:
         with torch.no_grad():
-            logits = logits_of(probe(images[:2].cpu()))
+            return probe(images[:2].cpu())
     except (RuntimeError, ValueError, AssertionError) as error:
         shape = "x".join(str(size) for size in images.shape[1:])
         raise DataError(f"the {who} cannot take the training images of {shape}: {one_line(error)}") from error
+
+
+def _answers(network: nn.Module, images: Tensor, who: str) -> list[Tensor]:
+    return float_leaves(_answer(network, images, who))
+
+
+def _width(network: nn.Module, images: Tensor, who: str) -> int:
+    logits = logits_of(_answer(network, images, who))
     if logits.dim() != 2:
         raise DataError(f"the {who} answers with shape {tuple(logits.shape)}; expected a row of class scores an image")
     return int(logits.shape[1])
@@ -105,6 +130,14 @@ def pair(batch: Any) -> tuple[Tensor, Tensor]:
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch):
         return batch[0], batch[1]
     raise DataError(f"a training batch must be (images, labels), got {type(batch).__name__}")
+
+
+def images_of(batch: Any) -> Tensor:
+    """Return the images of a batch that may have labels beside them."""
+    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if isinstance(images, Tensor):
+        return images
+    raise DataError(f"a training batch must be images or (images, labels), got {type(batch).__name__}")
 
 
 def seed_all(seed: int, epoch: int, index: int) -> None:

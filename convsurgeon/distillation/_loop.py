@@ -26,6 +26,7 @@ from convsurgeon.distillation._batches import (
     check_labels,
     first_batch,
     generators_of,
+    images_of,
     mix,
     pair,
     seed_all,
@@ -250,14 +251,20 @@ class _Run:
         batches = iter(self.loader)
         for index in range(self.steps_per_epoch):
             seed_all(self.config.seed, epoch, index)
-            images, labels = pair(next(batches))
+            images, labels = self._unpacked(next(batches))
             if index >= skip:
                 yield images.to(memory_format=torch.channels_last) if images.dim() == 4 else images, labels
+
+    def _unpacked(self, batch: Any) -> tuple[Tensor, Tensor]:
+        if self.method.needs_labels:
+            return pair(batch)
+        images = images_of(batch)
+        return images, torch.full((len(images),), -1, device=images.device)
 
     def _step(self, images: Tensor, labels: Tensor) -> methods.Lesson:
         if self.config.augmentation is not None:
             images = self.config.augmentation(images)
-        if labels.device.type == "cpu":  # elsewhere it would wait for the device
+        if labels.device.type == "cpu" and self.method.needs_labels:  # elsewhere it would wait for the device
             check_labels(labels, self.classes)
         lesson: methods.Lesson = self.module(images, labels)
         self.accelerator.backward(lesson.loss)

@@ -27,9 +27,9 @@ class Watch:
         """Take one step into account."""
         self.images += len(labels)
         self._add("loss", lesson.loss.detach().float() * len(labels))
-        self._add("student", (lesson.student_BK.detach().argmax(1) == labels).sum())
-        if lesson.teacher_BK is not None:
-            self._add("teacher", (lesson.teacher_BK.detach().argmax(1) == labels).sum())
+        for name, scores_BK in (("student", lesson.student_BK), ("teacher", lesson.teacher_BK)):
+            if scores_BK is not None and bool(labels[0] >= 0):
+                self._add(name, (scores_BK.detach().argmax(1) == labels).sum())
         now = time.monotonic()
         if now - self.spoke < _REPORT_SECONDS:
             return
@@ -40,12 +40,11 @@ class Watch:
             "epoch": self.epoch,
             "epochs": self.epochs,
             "loss": self.mean_loss,
-            "student_accuracy": self.student_accuracy,
             "images_per_second": self.images / max(1e-9, now - self.started),
             "seconds_left": pace * (self.steps - step),
         }
-        if self.teacher_accuracy is not None:
-            figures["teacher_accuracy"] = self.teacher_accuracy
+        known = {"student_accuracy": self.student_accuracy, "teacher_accuracy": self.teacher_accuracy}
+        figures |= {name: share for name, share in known.items() if share is not None}
         self.report(Progress("train", step, self.steps, figures))
 
     @property
@@ -54,9 +53,9 @@ class Watch:
         return float(self.sums["loss"]) / self.images
 
     @property
-    def student_accuracy(self) -> float:
-        """The student's share of right answers on augmented training images."""
-        return float(self.sums["student"]) / self.images
+    def student_accuracy(self) -> float | None:
+        """The student's share of right answers on augmented training images, where there are labels."""
+        return float(self.sums["student"]) / self.images if "student" in self.sums else None
 
     @property
     def teacher_accuracy(self) -> float | None:

@@ -2,6 +2,7 @@
 
 from convsurgeon.surgery._copies import copy_module, expect_module, in_mode
 from convsurgeon.surgery._cost import Cost, Macs, cost_of, count_macs, count_params, example_like, totals
+from convsurgeon.surgery._functional import dense_kernel
 from convsurgeon.surgery._graph import trace as trace_graph
 from convsurgeon.surgery._guard import GuardReport
 from convsurgeon.surgery._plan import Decision, Plan, default_keep, mac_ratio, plan
@@ -23,6 +24,7 @@ __all__ = [
     "count_macs",
     "count_params",
     "default_keep",
+    "dense_kernel",
     "example_like",
     "expect_module",
     "in_mode",

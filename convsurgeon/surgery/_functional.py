@@ -13,7 +13,7 @@ from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import ConvSpec, Pair
 from convsurgeon.surgery._calls import Use
 from convsurgeon.surgery._donors import Donor, find_donor
-from convsurgeon.surgery._sites import Site, find_module
+from convsurgeon.surgery._sites import Site
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,15 @@ def _unused(name: str, taken: set[str]) -> str:
     return found
 
 
-def kernel_of(model: nn.Module, site: Site) -> Tensor | None:
-    """Return the dense kernel that the op of a site starts from, or None where it cannot be told."""
+def dense_kernel(model: nn.Module, fqn: str) -> Tensor | None:
+    """Return the dense kernel `(O, I, kh, kw)` that an op of this name starts from, or None where there is none.
+
+    It is the weight of a convolution, the effective one where that is computed, or a parameter of that name.
+    """
     names = Names(model)
-    kernel = names.kernels.get(names.by_name.get(site.fqns[0], -1))
+    kernel = names.kernels.get(names.by_name.get(fqn, -1))
     if kernel is not None:
         return kernel
-    module = find_module(model, site)
+    module = dict(model.named_modules(remove_duplicate=False)).get(fqn)
     donor = find_donor(module) if isinstance(module, nn.Conv2d) else None
     return donor.conv.weight if isinstance(donor, Donor) else None

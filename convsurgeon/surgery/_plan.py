@@ -15,7 +15,7 @@ from convsurgeon.errors import NothingToConvertError, PlanError, SurveyError, on
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import ConvSpec
 from convsurgeon.surgery._copies import ExampleInputs
-from convsurgeon.surgery._functional import kernel_of
+from convsurgeon.surgery._functional import dense_kernel
 from convsurgeon.surgery._parsing import expect_keys, finite, is_text, parse_plain, parse_spec, shown, text_of
 from convsurgeon.surgery._selectors import FilterFn, Selectors
 from convsurgeon.surgery._sites import Site, find_module
@@ -221,7 +221,7 @@ def _decide(site: Site, selectors: Selectors, model: nn.Module | Survey) -> Deci
     if op.depends_on_weight(wished):
         if isinstance(model, Survey):
             raise SurveyError(f"{name}: a share of energy needs the model, not its survey: call plan(model, ...)")
-        kernel = kernel_of(model, site)
+        kernel = dense_kernel(model, site.fqns[0])
     options = op.fit_options(site.spec, wished, kernel)
     if reason := op.why_not(site.spec, options):
         return _keep(site, f"{name} refused", f"{name}: {reason}")

@@ -15,10 +15,10 @@ from convsurgeon.registry import Registry
 
 
 class Lesson(NamedTuple):
-    """What one step yields: the loss to minimise, and the logits to keep score with."""
+    """What one step yields: the loss to minimise, and the logits to keep score with, where there are any."""
 
     loss: Tensor
-    student_BK: Tensor  # noqa: N815
+    student_BK: Tensor | None  # noqa: N815
     teacher_BK: Tensor | None  # noqa: N815
 
 
@@ -29,7 +29,7 @@ class Setting:
     Args:
         objective: the loss between student and teacher.
         sample: one training batch `(B, C, H, W)`, on the CPU.
-        classes: how many scores the student gives.
+        classes: how many scores the student gives; 0 where its answers are no class scores.
         teacher_is_trained: whether the teacher does better than chance, or None if nobody could tell.
         seed: for the method's own random numbers.
     """
@@ -51,6 +51,8 @@ class AbstractMethod(nn.Module, ABC):
     summary: ClassVar[str]
     reference: ClassVar[str]
     needs_teacher: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = True
+    """Whether it learns from labels; without, batches may be images alone."""
     teacher_learns: ClassVar[bool] = False
     """Whether the caller's teacher is trained too, so that it is worth evaluating again."""
 
@@ -71,7 +73,7 @@ class AbstractMethod(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor, labels: Tensor) -> Lesson:
-        """Return the loss of one batch: images `(B, C, H, W)`, labels `(B,)`."""
+        """Return the loss of one batch: images `(B, C, H, W)`, labels `(B,)`, -1 where there are none."""
 
     def students(self) -> dict[str, nn.Module]:
         """Return the networks among which validation chooses, by name. A hook; the one student by default."""

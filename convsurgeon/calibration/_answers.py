@@ -1,0 +1,66 @@
+"""How close a student's answers are to its teacher's, whatever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convsurgeon.errors import CalibrationError
+from convsurgeon.evaluation import float_leaves, is_class_scores
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """How close two networks' answers are on the same images.
+
+    Args:
+        agreement: the share (0..1) of images with the same highest score, or None where answers are no class scores.
+        error: squared difference over the teacher's squared answers, over all numbers.
+    """
+
+    agreement: float | None
+    error: float
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What is compared to tell which of two students is closer; more is closer."""
+        return (self.agreement or 0.0, -self.error)
+
+
+@torch.no_grad()
+def answers_of(network: nn.Module, batches: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Return, for each batch, the float tensors in what a network in eval mode answers."""
+    return [[leaf.float().cpu() for leaf in float_leaves(network(images))] for images in batches]
+
+
+def closeness(student: Sequence[Sequence[Tensor]], teacher: Sequence[Sequence[Tensor]]) -> Closeness:
+    """Compare two networks' answers to the same batches.
+
+    Raises:
+        CalibrationError: if their shapes differ.
+    """
+    same = images = 0
+    missed = energy = 0.0
+    scores = all(is_class_scores(leaves[0]) for leaves in teacher if leaves)
+    for mine, theirs in zip(student, teacher, strict=True):
+        shapes = [[tuple(leaf.shape) for leaf in leaves] for leaves in (mine, theirs)]
+        if shapes[0] != shapes[1] or not shapes[1]:
+            raise CalibrationError(
+                f"the student answers with {_listed(shapes[0])}, the teacher with {_listed(shapes[1])}; calibration "
+                "needs float tensors of the same shapes"
+            )
+        for leaf, wanted in zip(mine, theirs, strict=True):
+            missed += float((leaf - wanted).double().square().sum())
+            energy += float(wanted.double().square().sum())
+        if scores:
+            same += int((mine[0].argmax(1) == theirs[0].argmax(1)).sum())
+            images += len(mine[0])
+    return Closeness(same / images if scores and images else None, missed / energy if energy else missed)
+
+
+def _listed(shapes: Sequence[Any]) -> str:
+    return ", ".join("x".join(map(str, shape)) for shape in shapes) or "no float tensor"

@@ -1,0 +1,281 @@
+"""Calibration: what images without labels can do for a student, stage by stage."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convsurgeon.calibration._answers import Closeness, answers_of, closeness
+from convsurgeon.calibration._capture import Places, patches_of, targets_of
+from convsurgeon.calibration._fit import Fit, fit_op
+from convsurgeon.calibration._images import CalibrationImages, gather
+from convsurgeon.calibration._moments import AbstractMoments, Gram, Rows, keeps_gram
+from convsurgeon.calibration._norms import estimate_statistics, put_statistics, statistics_of
+from convsurgeon.calibration._polish import Polish
+from convsurgeon.calibration._polish import polish as run_polish
+from convsurgeon.calibration._sites import CalibrationSite, sites_in_order
+from convsurgeon.progress import Progress, Report, be_silent
+from convsurgeon.surgery import copy_module, expect_module, in_mode
+
+_POSITIONS = 64
+_TARGET_BYTES = 10**9
+"""How much of the teacher's outputs is kept at a time; more sites than fit take another pass."""
+_EVERY = 5
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How close the student is to the teacher on the images held out, after one stage.
+
+    Args:
+        name: `closed form`, `batch-norm statistics`, `fit`, `polish`.
+        agreement: the share (0..1) of images with the same highest score; None where answers are no scores.
+        error: squared difference of the answers over the teacher's squared answers.
+        seconds: that the stage took.
+        note: what was decided in it.
+    """
+
+    name: str
+    agreement: float | None
+    error: float
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class SiteFit:
+    """What the fit did for one op: relative squared errors of its output, and the ridge chosen."""
+
+    fqn: str
+    before: float
+    after: float
+    ridge: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """The student, and what each stage was worth.
+
+    Args:
+        student: in eval mode.
+        stages: in the order in which they were done.
+        sites: one entry for each op that runs on the images.
+        images: how many were fitted and held out.
+        seconds: in all.
+        peak_memory: of the process until now, in bytes.
+    """
+
+    student: nn.Module
+    stages: tuple[Stage, ...]
+    sites: tuple[SiteFit, ...]
+    images: tuple[int, int]
+    seconds: float
+    peak_memory: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the student as plain JSON data."""
+        return {
+            "images": {"fitted": self.images[0], "held_out": self.images[1]},
+            "stages": [asdict(stage) for stage in self.stages],
+            "sites": [asdict(site) for site in self.sites],
+            "seconds": round(self.seconds, 1),
+            "peak_memory": self.peak_memory,
+        }
+
+
+def calibrate(
+    teacher: nn.Module,
+    student: nn.Module,
+    images: Any,
+    *,
+    polish: bool | Polish = True,
+    limit: int = 2048,
+    seed: int = 0,
+    report: Report = be_silent,
+) -> nn.Module:
+    """Return the student, brought close to its teacher by images without labels; neither argument is modified.
+
+    First each op is fitted, in order of execution, to give the teacher's outputs from the student's own
+    inputs, by least squares over second moments of the images; no gradient runs through the network. Then
+    batch-norm statistics are estimated anew, and kept where the answers come closer to the teacher's on a
+    fifth of the images that is held out. Then the polish: a short run of the distillation loop in which the
+    student imitates the teacher.
+
+    Args:
+        teacher: the network that the student was made from.
+        student: what `rewrite` made of it, trained since or not.
+        images: a tensor `(N, C, H, W)`, a dataset, or batches, as the networks take them; labels are ignored.
+        polish: False leaves it out; a `Polish` says how.
+        limit: how many images to use.
+        seed: of the choice of images and positions, and of the polish.
+        report: receives `Progress` events.
+
+    Raises:
+        CalibrationError: if the student has no op, or does not come from this teacher.
+        DataError: if the images do not serve.
+    """
+    return calibrate_and_report(teacher, student, images, polish=polish, limit=limit, seed=seed, report=report).student
+
+
+def calibrate_and_report(
+    teacher: nn.Module,
+    student: nn.Module,
+    images: Any,
+    *,
+    polish: bool | Polish = True,
+    limit: int = 2048,
+    seed: int = 0,
+    report: Report = be_silent,
+) -> CalibrationResult:
+    """Calibrate as `calibrate` does, and return what each stage and each site came to, too."""
+    expect_module(teacher)
+    expect_module(student)
+    run = _Run(teacher, student, gather(images, limit=limit, seed=seed), seed=seed, report=report)
+    with torch.random.fork_rng(devices=[]):
+        run.closed_form()
+        run.statistics()
+        run.fit()
+        if polish:
+            run.polish(polish if isinstance(polish, Polish) else Polish())
+    return run.result()
+
+
+class _Run:
+    """One calibration: the networks in eval mode, the images, and what the stages came to."""
+
+    def __init__(
+        self, teacher: nn.Module, student: nn.Module, images: CalibrationImages, *, seed: int, report: Report
+    ) -> None:
+        self.teacher = in_mode(copy_module(teacher), training=False)
+        self.student = in_mode(copy_module(student), training=False)
+        self.images, self.seed, self.report = images, seed, report
+        self.stages: list[Stage] = []
+        self.fits: list[SiteFit] = []
+        self.started = self.stage_started = time.monotonic()
+        self.wanted = answers_of(self.teacher, images.batches(held=True))
+        self.sites, self.idle = sites_in_order(self.teacher, self.student, images.fitted[:2])
+
+    def closed_form(self) -> None:
+        """Look at the student as it came."""
+        self._close("closed form", self._closeness())
+
+    def statistics(self) -> None:
+        """See what new batch-norm statistics alone would do; the fit starts from the old ones."""
+        before = statistics_of(self.student)
+        if not before:
+            return
+        estimate_statistics(self.student, self.images.batches())
+        self._close("batch-norm statistics", self._closeness(), "looked at only; the fit starts from the old ones")
+        put_statistics(self.student, before)
+
+    def fit(self) -> None:
+        """Fit every op in order of execution, then estimate batch-norm statistics, and keep what is better."""
+        for chunk in self._chunks():
+            places = Places(_POSITIONS, self.seed)
+            targets = targets_of(self.teacher, chunk, self.images.batches(), places)
+            for site in chunk:
+                self._fit_site(site, targets.pop(site.fqn), places)
+        fitted, before = self._closeness(), statistics_of(self.student)
+        note = ""
+        if before:
+            estimate_statistics(self.student, self.images.batches())
+            anew = self._closeness()
+            if anew.rank > fitted.rank:
+                fitted, note = anew, "with new batch-norm statistics"
+            else:
+                put_statistics(self.student, before)
+                note = "batch-norm statistics kept: new ones agree less"
+        self._close("fit", fitted, note)
+
+    def polish(self, settings: Polish) -> None:
+        """Let the student imitate the teacher; what was better before is kept."""
+        before = self._closeness()
+        polished = run_polish(self.teacher, self.student, self.images, settings, seed=self.seed, report=self.report)
+        unpolished, self.student = self.student, polished
+        after = self._closeness()
+        note = ""
+        if after.rank < before.rank:
+            self.student, after, note = unpolished, before, "undone: it agreed less"
+        self._close("polish", after, note)
+
+    def result(self) -> CalibrationResult:
+        """Return everything."""
+        idle = [SiteFit(fqn, 0.0, 0.0, 0.0, "does not run on these images; as it was") for fqn in self.idle]
+        return CalibrationResult(
+            in_mode(self.student, training=False),
+            tuple(self.stages),
+            (*self.fits, *idle),
+            (len(self.images.fitted), len(self.images.held)),
+            time.monotonic() - self.started,
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
+
+    def _chunks(self) -> Iterator[Sequence[CalibrationSite]]:
+        """Yield sites in order, as many at a time as have room for their targets."""
+        chunk: list[CalibrationSite] = []
+        size = 0
+        for site in self.sites:
+            size += len(self.images.fitted) * _POSITIONS * site.op.out_channels * 4 * site.calls
+            if chunk and size > _TARGET_BYTES:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(site)
+        yield chunk
+
+    def _fit_site(self, site: CalibrationSite, targets: list[list[Tensor]], places: Places) -> None:
+        donor_OF = site.kernel.flatten(1)
+        fit: Fit | None = None
+        # a later call may read what an earlier one gives, so the first is fitted beforehand
+        for calls in sorted({1, site.calls}):
+            moments = self._moments(site, targets, places, calls)
+            found = fit_op(site.op, donor_OF, *moments)
+            fit = found if fit is None else Fit(found.before, found.after, found.ridge)
+        assert fit is not None
+        self.fits.append(SiteFit(site.fqn, fit.before, fit.after, fit.ridge))
+        self.report(
+            Progress(
+                "fit",
+                len(self.fits),
+                len(self.sites),
+                {"before": fit.before, "after": fit.after, "seconds_left": self._seconds_left()},
+            )
+        )
+
+    def _moments(
+        self, site: CalibrationSite, targets: list[list[Tensor]], places: Places, calls: int
+    ) -> tuple[AbstractMoments, AbstractMoments]:
+        """Return moments of the rows to fit, and of those of every fifth batch."""
+        features = site.kernel[0].numel()
+        gram = keeps_gram(features)
+
+        def empty() -> AbstractMoments:
+            return Gram(features, len(site.kernel), site.kernel.device) if gram else Rows()
+
+        parts = empty(), empty()
+        bias = 0.0 if site.op.bias is None else site.op.bias.detach().float()
+        passes = patches_of(self.student, site, self.images.batches(), places, calls=calls)
+        for index, (inputs, outputs) in enumerate(zip(passes, targets, strict=True)):
+            for x_NF, y_NO in zip(inputs, outputs, strict=False):
+                parts[index % _EVERY == 0].add(x_NF.float(), y_NO.float() - bias)
+        return parts
+
+    def _seconds_left(self) -> float:
+        done = max(1, len(self.fits))
+        return (time.monotonic() - self.stage_started) / done * (len(self.sites) - done)
+
+    def _closeness(self) -> Closeness:
+        return closeness(answers_of(self.student, self.images.batches(held=True)), self.wanted)
+
+    def _close(self, name: str, found: Closeness, note: str = "") -> None:
+        now = time.monotonic()
+        self.stages.append(Stage(name, found.agreement, found.error, round(now - self.stage_started, 1), note))
+        self.stage_started = now
+        figures = {"error": found.error} | ({} if found.agreement is None else {"agreement": found.agreement})
+        self.report(Progress("calibrate", len(self.stages), None, figures, name))

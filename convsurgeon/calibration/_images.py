@@ -1,0 +1,108 @@
+"""The images of a calibration: taken out of whatever holds them, and divided into fitted and held out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from convsurgeon.data import ImageSet, make_loader
+from convsurgeon.errors import DataError
+
+_FEWEST = 10
+_HELD_OUT = 5
+_BATCH, _NUMBERS = 128, 1 << 20
+
+
+@dataclass(frozen=True)
+class CalibrationImages:
+    """Images to fit on, and a fifth of them to look at only.
+
+    Args:
+        fitted: `(N, ...)`.
+        held: `(M, ...)`.
+    """
+
+    fitted: Tensor
+    held: Tensor
+
+    def batches(self, *, held: bool = False) -> list[Tensor]:
+        """Return views of up to 128 images, fewer where they are large."""
+        images = self.held if held else self.fitted
+        per_image = max(1, images[0].numel() // max(1, images.shape[1] if images.dim() > 2 else 1))
+        return list(torch.split(images, max(1, min(_BATCH, _NUMBERS // per_image))))
+
+
+def gather(images: Any, *, limit: int, seed: int) -> CalibrationImages:
+    """Take up to `limit` images, in a random order where all can be seen, and hold every fifth out.
+
+    Args:
+        images: a tensor `(N, ...)`, an `ImageSet` or another dataset, or an iterable of batches, such as a
+            DataLoader; labels beside the images are ignored.
+
+    Raises:
+        DataError: if there are fewer than ten, or something else than float images of one shape.
+    """
+    found = _taken(images, limit, torch.Generator().manual_seed(seed))
+    if len(found) < _FEWEST:
+        raise DataError(f"calibration needs at least {_FEWEST} images, got {len(found)}")
+    if not bool(found.isfinite().all()):
+        raise DataError("the calibration images hold NaN or infinite numbers; mend them")
+    held = torch.zeros(len(found), dtype=torch.bool)
+    held[::_HELD_OUT] = True
+    return CalibrationImages(found[~held], found[held])
+
+
+def _taken(images: Any, limit: int, generator: torch.Generator) -> Tensor:
+    if isinstance(images, Tensor):
+        _check(images)
+        return images[torch.randperm(len(images), generator=generator)[:limit].sort().values]
+    if isinstance(images, ImageSet):
+        chosen = torch.randperm(len(images), generator=generator)[:limit].sort().values
+        return torch.cat(list(_of_batches(make_loader(images.subset(chosen), batch_size=_BATCH, shuffle=False))))
+    if isinstance(images, Dataset) and not isinstance(images, IterableDataset):
+        count = len(images)  # type: ignore[arg-type]
+        order = torch.randperm(count, generator=generator)[:limit].sort().values.tolist()
+        return _joined([_image_of(images[index])[None] for index in order])
+    if not isinstance(images, Iterable):
+        raise DataError(f"calibration images must be a tensor, a dataset or batches, got {type(images).__name__}")
+    taken: list[Tensor] = []
+    for batch in _of_batches(images):
+        taken.append(batch)
+        if sum(map(len, taken)) >= limit:
+            break
+    return _joined(taken)[:limit]
+
+
+def _of_batches(batches: Iterable[Any]) -> Iterator[Tensor]:
+    for batch in batches:
+        images = _image_of(batch)
+        _check(images)
+        yield images
+
+
+def _image_of(batch: Any) -> Tensor:
+    images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(images, Tensor):
+        raise DataError(f"a batch of calibration images must be a tensor, got {type(images).__name__}")
+    return images
+
+
+def _check(images: Tensor) -> None:
+    if not images.is_floating_point() or images.dim() < 2:
+        raise DataError(
+            f"calibration images must be a float batch, prepared as the network takes it, got {images.dtype} of "
+            f"shape {tuple(images.shape)}"
+        )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    shapes = {tuple(part.shape[1:]) for part in parts}
+    if len(shapes) > 1:
+        one, other = sorted(shapes)[:2]
+        raise DataError(f"calibration images must have one shape, got {one} and {other}")
+    return torch.cat(parts) if parts else torch.zeros(0)

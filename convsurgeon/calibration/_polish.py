@@ -1,0 +1,129 @@
+"""The polish: a short run of the distillation loop, with a frozen teacher and without labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from convsurgeon.calibration._images import CalibrationImages
+from convsurgeon.distillation import Augmentation, distill
+from convsurgeon.ops import AbstractCheapConv
+from convsurgeon.progress import Progress, Report, be_silent
+
+_FEWEST_STEPS = 10
+# the first step is slower than those that follow; where steps are short, some more are looked at
+_SHORT, _MORE_STEPS = 2.0, 5
+
+Run = Callable[[int, Report], tuple[nn.Module, float]]
+
+
+@dataclass(frozen=True)
+class Polish:
+    """How the polish trains.
+
+    Args:
+        steps: at most.
+        seconds: at most, by the time that a few steps take beforehand.
+        batch_size: images a step.
+        learning_rate: the peak of the schedule.
+        blocks: weight of the blocks' outputs beside the answers.
+        cutmix: share of the batches that are mixed, where the images are pictures.
+        flip: whether half of the pictures are mirrored.
+    """
+
+    steps: int = 1000
+    seconds: float = 600.0
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    blocks: float = 1.0
+    cutmix: float = 0.5
+    flip: bool = False
+
+
+def polish(
+    teacher: nn.Module,
+    student: nn.Module,
+    images: CalibrationImages,
+    settings: Polish,
+    *,
+    seed: int,
+    report: Report,
+) -> nn.Module:
+    """Return the student after a run in which it imitates the teacher on the fitted images.
+
+    Says how long it is going to take before it starts. Ops learn whatever their `requires_grad` says.
+    """
+    pictures = images.fitted.dim() == 4 and images.fitted.shape[1] in (1, 3)
+    train = images.fitted
+    batch_size = min(settings.batch_size, len(train))
+    augmentation = Augmentation.usual((train.shape[-2], train.shape[-1]), flip=settings.flip) if pictures else None
+    frozen = _thaw_ops(student)
+
+    def run(steps: int, report: Report) -> tuple[nn.Module, float]:
+        loader: DataLoader[tuple[Tensor, ...]] = DataLoader(
+            TensorDataset(train),
+            batch_size=batch_size,
+            shuffle=True,
+            drop_last=True,
+            generator=torch.Generator(),
+        )
+        per_pass = min(len(loader), steps)
+        result = distill(
+            teacher,
+            student,
+            loader,
+            method="imitate",
+            method_options={"blocks": settings.blocks, "cutmix": settings.cutmix if pictures else 0.0},
+            epochs=math.ceil(steps / per_pass),
+            limit_batches=per_pass,
+            batch_size=batch_size,
+            learning_rate=settings.learning_rate,
+            seed=seed,
+            augmentation=augmentation,
+            report=report,
+        )
+        return result.student, float(result.metrics["seconds"])
+
+    step_seconds = _time_step(run)
+    steps = max(_FEWEST_STEPS, min(settings.steps, int(settings.seconds / step_seconds)))
+    report(
+        Progress(
+            "polish",
+            message=f"polish: {steps} steps of {batch_size} images, about {_minutes(steps * step_seconds)} "
+            f"({step_seconds:.2g} s a step)",
+        )
+    )
+    polished, _ = run(steps, report)
+    for network in (student, polished):
+        for name, flag in frozen.items():
+            network.get_parameter(name).requires_grad_(flag)
+    return polished
+
+
+def _time_step(run: Run) -> float:
+    """Return about how many seconds a step takes, from runs whose results are thrown away."""
+    _, first = run(1, be_silent)
+    if first > _SHORT:
+        return first
+    _, more = run(1 + _MORE_STEPS, be_silent)
+    return max(more - first, 0.1 * more) / _MORE_STEPS
+
+
+def _thaw_ops(student: nn.Module) -> dict[str, bool]:
+    """Let all parameters of ops learn; return which did before."""
+    before = {}
+    for fqn, op in student.named_modules():
+        if isinstance(op, AbstractCheapConv):
+            for name, parameter in op.named_parameters():
+                before[f"{fqn}.{name}".lstrip(".")] = parameter.requires_grad
+                parameter.requires_grad_(True)
+    return before
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,86 @@
+"""The ops of a student in the order in which they run, each with what stands in its place in the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from convsurgeon.errors import CalibrationError, one_line
+from convsurgeon.ops import AbstractCheapConv
+from convsurgeon.surgery import dense_kernel
+
+
+@dataclass(frozen=True)
+class CalibrationSite:
+    """One op, and the convolution of the teacher that it stands in for.
+
+    Args:
+        fqn: its first name, the same in both networks.
+        op: the op in the student.
+        partner: the teacher's module of that name, or the kernel of its functional convolution.
+        kernel: the dense kernel `(O, I, kh, kw)` that the partner convolves with.
+        calls: how often it runs in one forward pass of the student.
+    """
+
+    fqn: str
+    op: AbstractCheapConv
+    partner: nn.Module | Tensor
+    kernel: Tensor
+    calls: int
+
+
+def sites_in_order(teacher: nn.Module, student: nn.Module, sample: Tensor) -> tuple[list[CalibrationSite], list[str]]:
+    """Return the ops that run on the sample, in order of their first call, and the names of those that do not.
+
+    Both networks are in eval mode.
+
+    Raises:
+        CalibrationError: if the student has no op, or one that has no place in the teacher.
+    """
+    ops = {module: fqn for fqn, module in student.named_modules() if isinstance(module, AbstractCheapConv)}
+    if not ops:
+        raise CalibrationError("the student has no cheap convolution; make one with rewrite() or convert")
+    calls: dict[AbstractCheapConv, int] = {}
+
+    def note(op: nn.Module, _args: object) -> None:
+        assert isinstance(op, AbstractCheapConv)
+        calls[op] = calls.get(op, 0) + 1
+
+    handles = [op.register_forward_pre_hook(note) for op in ops]
+    try:
+        with torch.no_grad():
+            student(sample)
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        shape = "x".join(map(str, sample.shape[1:]))
+        raise CalibrationError(f"the student cannot take images of {shape}: {one_line(error)}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = [_site(teacher, ops[op], op, count) for op, count in calls.items()]
+    return found, [fqn for op, fqn in ops.items() if op not in calls]
+
+
+def _site(teacher: nn.Module, fqn: str, op: AbstractCheapConv, calls: int) -> CalibrationSite:
+    parent_name, _, name = fqn.rpartition(".")
+    kernel = dense_kernel(teacher, fqn)
+    try:
+        partner = getattr(teacher.get_submodule(parent_name), name) if fqn else teacher
+    except AttributeError:
+        partner = None
+    if kernel is None or not isinstance(partner, nn.Module | Tensor):
+        raise CalibrationError(
+            f"the teacher has no convolution {fqn!r}; give the network that the student was made from"
+        )
+    expected = (op.out_channels, op.in_channels, *op.kernel_size)
+    if tuple(kernel.shape) != expected:
+        raise CalibrationError(
+            f"{fqn} is {_by(tuple(kernel.shape))} in the teacher and stands for {_by(expected)} in the student; "
+            "give the network that the student was made from"
+        )
+    return CalibrationSite(fqn, op, partner, kernel.detach(), calls)
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

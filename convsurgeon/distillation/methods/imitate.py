@@ -1,0 +1,116 @@
+"""The student imitates the dense network on images without labels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, final
+
+import torch
+from torch import Tensor, nn
+
+from convsurgeon.distillation._blocks import block_names
+from convsurgeon.distillation.methods._base import AbstractMethod, Lesson, Setting, register
+from convsurgeon.errors import OptionError
+from convsurgeon.evaluation import float_leaves
+
+
+@final
+@register
+class Imitate(AbstractMethod):
+    """``objective(s, t) + blocks · mean_b |s_b - t_b|² / |t_b|²`` with a fixed teacher in eval mode.
+
+    Outputs that are no class scores are matched by their squared error over the teacher's mean square, as the
+    outputs of the blocks are that hold converted convolutions. Half of the batches are mixed by CutMix, which
+    needs no labels here: the teacher answers for what it sees.
+
+    Reference:
+        Soft targets: Hinton, Vinyals, Dean, 2015, arXiv:1503.02531. Hints: Romero et al., 2014, arXiv:1412.6550.
+        CutMix: Yun et al., 2019, arXiv:1905.04899; with a teacher that answers for the mix: Beyer et al., 2021,
+        arXiv:2106.05237.
+    """
+
+    name: ClassVar[str] = "imitate"
+    summary: ClassVar[str] = "the dense network only teaches, without labels"
+    reference: ClassVar[str] = "Beyer et al., 2021, arXiv:2106.05237"
+    needs_labels: ClassVar[bool] = False
+
+    @dataclass(frozen=True)
+    class Options:
+        """How much the blocks count beside the answers, and on what share of the batches pictures are mixed."""
+
+        blocks: float = 1.0
+        cutmix: float = 0.5
+
+        def __post_init__(self) -> None:
+            if self.blocks < 0:
+                raise OptionError(f"imitate: option blocks must be 0 or more, got {self.blocks}")
+            if not 0 <= self.cutmix <= 1:
+                raise OptionError(f"imitate: option cutmix must be a share from 0 to 1, got {self.cutmix}")
+
+    def set_up(self, setting: Setting) -> None:
+        """Freeze the teacher, and find the blocks."""
+        assert self.teacher is not None
+        self.teacher.requires_grad_(False)
+        self.answers_are_scores = setting.classes > 0
+        self.blocks = block_names(self.student, self.teacher, setting.sample[:2]) if self.options.blocks else []
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the student; the teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def forward(self, images: Tensor, labels: Tensor) -> Lesson:
+        """Return the student's loss."""
+        assert self.teacher is not None
+        if images.dim() == 4 and float(torch.rand(())) < self.options.cutmix:
+            images = cut_mix(images)
+        with torch.no_grad(), _outputs(self.teacher, self.blocks) as wanted:
+            teacher = float_leaves(self.teacher(images))
+        with _outputs(self.student, self.blocks) as had:
+            student = float_leaves(self.student(images))
+        loss = sum((self._answer_loss(s, t) for s, t in zip(student, teacher, strict=True)), torch.zeros(()))
+        if self.blocks:
+            pairs = [pair for name in self.blocks for pair in zip(had[name], wanted[name], strict=True)]
+            loss = loss + self.options.blocks * sum(relative_error(s, t) for s, t in pairs) / len(pairs)
+        scores = (student[0], teacher[0]) if self.answers_are_scores else (None, None)
+        return Lesson(loss, *scores)
+
+    def _answer_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.answers_are_scores and student.dim() == 2:
+            loss: Tensor = self.objective(student, teacher)
+            return loss
+        return relative_error(student, teacher)
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean squared difference over the teacher's mean square."""
+    teacher = teacher.float()
+    return (student.float() - teacher).square().mean() / teacher.square().mean().clamp_min(1e-12)
+
+
+def cut_mix(images_BCHW: Tensor) -> Tensor:
+    """Put a box of each next picture into each picture of a batch; the box is the same for all."""
+    from torchvision.transforms.v2 import CutMix
+
+    mixed: Tensor = CutMix(num_classes=1)(images_BCHW, torch.zeros(len(images_BCHW), dtype=torch.int64))[0]
+    return mixed
+
+
+@contextlib.contextmanager
+def _outputs(network: nn.Module, names: list[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect what submodules give, in order of their calls."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _module, _args, out: found[name].append(out)
+
+    handles = [network.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
