@@ -155,12 +155,12 @@ class _Run:
     ) -> None:
         self.teacher = in_mode(copy_module(teacher), training=False)
         self.student = in_mode(copy_module(student), training=False)
-        self.images, self.seed, self.report = images, seed, report
+        self.images, self.seed, self.report = images.like(self.student), seed, report
         self.stages: list[Stage] = []
         self.fits: list[SiteFit] = []
         self.started = self.stage_started = time.monotonic()
-        self.wanted = answers_of(self.teacher, images.batches(held=True))
-        self.sites, self.idle = sites_in_order(self.teacher, self.student, images.fitted[:2])
+        self.wanted = answers_of(self.teacher, self.images.batches(held=True))
+        self.sites, self.idle = sites_in_order(self.teacher, self.student, self.images.fitted[:2])
 
     def closed_form(self) -> None:
         """Look at the student as it came."""
@@ -251,7 +251,7 @@ class _Run:
     def _moments(
         self, site: CalibrationSite, targets: list[list[Tensor]], places: Places, calls: int
     ) -> tuple[AbstractMoments, AbstractMoments]:
-        """Return moments of the rows to fit, and of those of every fifth batch."""
+        """Return moments of the rows to fit, and of those of every fifth image."""
         features = site.kernel[0].numel()
         gram = keeps_gram(features)
 
@@ -261,9 +261,14 @@ class _Run:
         parts = empty(), empty()
         bias = 0.0 if site.op.bias is None else site.op.bias.detach().float()
         passes = patches_of(self.student, site, self.images.batches(), places, calls=calls)
-        for index, (inputs, outputs) in enumerate(zip(passes, targets, strict=True)):
+        seen = 0
+        for images, inputs, outputs in zip(self.images.batches(), passes, targets, strict=True):
+            held_B = torch.arange(seen, seen + len(images), device=site.kernel.device) % _EVERY == 0
+            seen += len(images)
             for x_NF, y_NO in zip(inputs, outputs, strict=False):
-                parts[index % _EVERY == 0].add(x_NF.float(), y_NO.float() - bias)
+                held_N = held_B.repeat_interleave(len(x_NF) // len(images))
+                for part, chosen_N in zip(parts, (~held_N, held_N), strict=True):
+                    part.add(x_NF[chosen_N].float(), y_NO[chosen_N].float() - bias)
         return parts
 
     def _seconds_left(self) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from convsurgeon.data import ImageSet, make_loader
@@ -29,6 +29,11 @@ class CalibrationImages:
 
     fitted: Tensor
     held: Tensor
+
+    def like(self, network: nn.Module) -> CalibrationImages:
+        """Return the images in the float type and on the device of a network's first parameter."""
+        first = next((p for p in network.parameters() if p.is_floating_point()), self.fitted)
+        return CalibrationImages(self.fitted.to(first.device, first.dtype), self.held.to(first.device, first.dtype))
 
     def batches(self, *, held: bool = False) -> list[Tensor]:
         """Return views of up to 128 images, fewer where they are large."""

@@ -59,7 +59,7 @@ def polish(
     Says how long it is going to take before it starts. Ops learn whatever their `requires_grad` says.
     """
     pictures = images.fitted.dim() == 4 and images.fitted.shape[1] in (1, 3)
-    train = images.fitted
+    train = images.fitted.cpu()
     batch_size = min(settings.batch_size, len(train))
     augmentation = Augmentation.usual((train.shape[-2], train.shape[-1]), flip=settings.flip) if pictures else None
     frozen = _thaw_ops(student)

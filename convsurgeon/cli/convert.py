@@ -30,6 +30,24 @@ def run(
         Path | None, typer.Option("--output", "-o", metavar="OUT", help="Where the student goes.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")] = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA", help="Calibrate with these images, a folder or a data set's name; no labels needed."
+        ),
+    ] = None,
+    calibration_images: Annotated[int, typer.Option(metavar="N", min=10, help="How many images to use.")] = 2048,
+    polish: Annotated[
+        bool, typer.Option("--polish/--no-polish", help="End the calibration with a short run of training.")
+    ] = True,
+    polish_minutes: Annotated[float, typer.Option(help="How long that run may take.")] = 10.0,
+    data_root: arguments.DataRoot = None,
+    size: arguments.Size = None,
+    mean: arguments.Mean = None,
+    std: arguments.Std = None,
+    color: arguments.Color = None,
+    seed: arguments.Seed = 0,
+    threads: arguments.Threads = None,
     input_shape: arguments.InputShape = None,
     weights: arguments.Weights = None,
     model_arg: arguments.ModelArg = None,
@@ -40,7 +58,8 @@ def run(
 ) -> None:
     """Replace standard convolutions by cheap ones, started from the dense weights, and write the student."""
     from convsurgeon import ops
-    from convsurgeon.cli._models import example_for, load_model, read_plan, selectors
+    from convsurgeon.cli._calibrating import CalibrationRequest, draw, write_report
+    from convsurgeon.cli._models import example_for, load_model, read_plan, selectors, set_threads
     from convsurgeon.files import refuse_to_overwrite, write_atomically
     from convsurgeon.storage import default_output, save
     from convsurgeon.surgery import plan as make_plan
@@ -48,6 +67,11 @@ def run(
 
     if plan is not None and any((to, keep, only, mapping, option)):
         raise OptionError("--plan is carried out as it is; leave out --to, --keep, --only, --map and --option")
+    calibration = CalibrationRequest(
+        calibrate, calibration_images, polish, polish_minutes, data_root, size, mean, std, color, seed
+    )
+    calibration.check()
+    set_threads(threads)
     ready = read_plan(plan) if plan is not None else None
     ops.get(to or DEFAULT_OP)  # a name that does not exist is told before a large model is loaded
     network = load_model(model, weights=weights, model_arg=model_arg, trust=trust, trust_module=trust_module)
@@ -56,17 +80,24 @@ def run(
     the_plan = ready or make_plan(network, to or DEFAULT_OP, found=found, **selectors(keep, only, mapping, option))
     target = output or default_output(network, model, the_plan.tag)
     plan_file = target.parent / f"{target.stem}.plan.json"
+    report_file = target.parent / f"{target.stem}.calibration.json"
+    images = calibration.load(network) if calibrate is not None and not dry_run else None
     if not dry_run:
         if os.path.exists(target) and os.path.exists(model) and target.samefile(model):
             raise OutputError(f"{target} is the model itself; choose another name with -o, so that none is lost")
         refuse_to_overwrite(target, force=force)
         refuse_to_overwrite(plan_file, force=force)
+        if images is not None:
+            refuse_to_overwrite(report_file, force=force)
     checked: list[str] = []
     student = rewrite(
         network, the_plan, example_inputs=example, report=lambda event: checked.append(event.message or "")
     )
     if example is None:
         say("note: no input shape is known, so there are no sizes and no MACs; say --input-shape 1,3,224,224 for them")
+    calibrated = None if images is None else calibration.run(network, student, images)
+    if calibrated is not None:
+        student = calibrated.student
     written = {}
     if not dry_run:
 
@@ -76,13 +107,19 @@ def run(
 
         write_atomically(plan_file, write)  # so that there are both or none
         written = {"student": str(target), "plan_file": str(plan_file)}
+        if calibrated is not None:
+            write_atomically(report_file, lambda temporary: write_report(calibrated, temporary))
+            written["calibration_file"] = str(report_file)
     costs = _costs(network, student, the_plan, found)
     if json:
-        emit({"model": found.model, "plan": the_plan.to_dict(), **costs, "checked": checked, **written})
+        extra = {} if calibrated is None else {"calibration": calibrated.to_dict()}
+        emit({"model": found.model, "plan": the_plan.to_dict(), **costs, "checked": checked, **extra, **written})
         return
     _draw(the_plan, found, costs)
     for line in checked:
         tell(f"checked: {line}")
+    if calibrated is not None:
+        draw(calibrated)
     for what, path in written.items():
         tell(f"{what.replace('_', ' ')}: {path}")
 

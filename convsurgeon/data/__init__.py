@@ -3,5 +3,6 @@
 from convsurgeon.data._catalog import default_preprocessing, load_data, names
 from convsurgeon.data._images import ImageSet, make_loader
 from convsurgeon.data._splits import DataSplits
+from convsurgeon.data._unlabelled import load_images
 
-__all__ = ["DataSplits", "ImageSet", "default_preprocessing", "load_data", "make_loader", "names"]
+__all__ = ["DataSplits", "ImageSet", "default_preprocessing", "load_data", "load_images", "make_loader", "names"]

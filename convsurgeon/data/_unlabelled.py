@@ -1,0 +1,60 @@
+"""Images without labels: a folder of pictures, or the training part of a data set."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from convsurgeon.data._catalog import load_data
+from convsurgeon.data._images import MEMORY, FilePictures, ImageSet, bytes_each
+from convsurgeon.data._splits import TEST_SEED, Images
+from convsurgeon.errors import DataError
+from convsurgeon.preprocessing import IMAGENET, Preprocessing
+
+
+def load_images(
+    source: str, *, root: str | Path | None = None, preprocessing: Preprocessing | None = None, seed: int = 0
+) -> tuple[Images, bool]:
+    """Return the images of a folder, or the training images of a data set, and whether they may be mirrored.
+
+    A folder's pictures are taken from wherever in it they lie, in a fixed random order, all with label 0.
+
+    Args:
+        source: the path of a folder, or what `load_data` takes.
+        root: where downloaded sets lie.
+        preprocessing: what the pictures are fitted to; ImageNet's for a folder where not given.
+        seed: what the validation images of a data set are drawn with; they are left out.
+
+    Raises:
+        DataError: if there are no pictures, or the data set is missing.
+        UnknownNameError: if there is neither such a folder nor such a set.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        splits = load_data(source, root=root, preprocessing=preprocessing, seed=seed)
+        return splits.train, splits.flip
+    wanted = IMAGENET if preprocessing is None else preprocessing
+    paths = _pictures_in(folder)
+    keep = len(paths) * bytes_each(wanted) <= MEMORY
+    pictures = FilePictures(paths, wanted, keep=keep)
+    return ImageSet(pictures, torch.zeros(len(paths)), classes=("unlabelled",), preprocessing=wanted), True
+
+
+def _pictures_in(folder: Path) -> list[str]:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    found: list[str] = []
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    for place, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        pictures = [name for name in sorted(files) if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."]
+        found.extend(os.path.join(place, name) for name in pictures)
+    if not found:
+        raise DataError(f"{folder} has no pictures ({' '.join(IMG_EXTENSIONS)}), nor do the folders in it")
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(TEST_SEED)).tolist()
+    return [found[index] for index in order]

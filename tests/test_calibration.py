@@ -1,0 +1,345 @@
+"""Calibration: what is measured, what is fitted, what comes out, what is refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from nets import Shared, Tiny, Witness, conv, stripes, tiny
+from timm.layers import Conv2dSame
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import convsurgeon as cs
+from convsurgeon import ops
+from convsurgeon.calibration import CalibrationResult, Polish, _calibrate, _moments, calibrate_and_report
+from convsurgeon.calibration._capture import Places, patches_of, targets_of
+from convsurgeon.calibration._fit import fit_op
+from convsurgeon.calibration._moments import Gram, Rows
+from convsurgeon.calibration._norms import estimate_statistics
+from convsurgeon.calibration._sites import CalibrationSite, sites_in_order
+from convsurgeon.errors import CalibrationError, DataError
+from convsurgeon.ops import DepthwiseConv2d
+from convsurgeon.progress import Progress
+from convsurgeon.spec import ConvSpec
+from convsurgeon.testing import input_size, make_donor, specs
+
+IMAGES, LABELS = stripes(80)
+QUICK = {"polish": Polish(steps=12, learning_rate=0.02)}
+
+
+@pytest.fixture(scope="module")
+def teacher() -> nn.Module:
+    """A network that knows the stripes."""
+    data = TensorDataset(*stripes(64))
+    settings = {"batch_size": 16, "learning_rate": 0.02, "warmup": 0.0, "precision": "no", "device": "cpu"}
+    return cs.distill(None, tiny(), data, method="supervised", epochs=6, **settings).student
+
+
+# --- what is measured
+
+
+def sites_of(teacher: nn.Module, student: nn.Module, x: Tensor) -> list[CalibrationSite]:
+    return sites_in_order(teacher, student, x)[0]
+
+
+@settings(max_examples=60)
+@given(spec=specs())
+def test_patches_times_the_kernel_are_the_outputs(spec: ConvSpec) -> None:
+    """Of a student whose op is exact, so that inputs and outputs belong together."""
+    if DepthwiseConv2d.why_not(spec, DepthwiseConv2d.Options()):
+        return
+    donor = make_donor(spec)
+    op = DepthwiseConv2d.from_conv(donor)
+    with torch.no_grad():
+        donor.weight.copy_(op.as_dense())
+    x = torch.randn(3, spec.in_channels, *input_size(spec), dtype=torch.float64)
+    teacher, student = nn.Sequential(donor).eval(), nn.Sequential(op).eval()
+    for count in (4, 10_000):
+        site, places = sites_of(teacher, student, x)[0], Places(count, seed=3)
+        ((wanted,),) = targets_of(teacher, [site], [x], places)["0"]
+        ((patches,),) = patches_of(student, site, [x], places, calls=1)
+        bias = 0 if donor.bias is None else donor.bias
+        torch.testing.assert_close(patches @ donor.weight.flatten(1).mT + bias, wanted)
+        assert len(patches) == 3 * min(count, donor(x)[0, 0].numel())
+
+
+def test_padding_by_size_is_measured_where_the_op_runs() -> None:
+    teacher = nn.Sequential(Conv2dSame(4, 6, 3, stride=2)).eval()
+    student = cs.rewrite(teacher, mapping={"*": "depthwise"})
+    assert student[0].spec.pads_by_size
+    x = torch.randn(2, 4, 8, 8)
+    site, places = sites_of(teacher, student, x)[0], Places(100, seed=0)
+    ((wanted,),) = targets_of(teacher, [site], [x], places)["0"]
+    ((patches,),) = patches_of(student, site, [x], places, calls=1)
+    torch.testing.assert_close(patches @ teacher[0].weight.flatten(1).mT + teacher[0].bias, wanted)
+
+
+def test_places_are_the_same_again_and_differ_between_batches() -> None:
+    places = Places(5, seed=1)
+    first = places.choose((6, 7), 3, index=0, call=0)
+    assert torch.equal(first, places.choose((6, 7), 3, index=0, call=0))
+    assert not torch.equal(first, places.choose((6, 7), 3, index=1, call=0))
+    assert all(len(set(row)) == 5 for row in first.tolist())
+    assert places.choose((2, 2), 2, index=0, call=0).tolist() == [[0, 1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize("kind", [Gram, Rows])
+def test_moments_are_the_squared_error_and_its_gradient(kind: Any) -> None:
+    torch.manual_seed(0)
+    x, y, weight = torch.randn(50, 7), torch.randn(50, 3), torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    moments = Gram(7, 3, torch.device("cpu")) if kind is Gram else Rows()
+    other = Gram(7, 3, torch.device("cpu")) if kind is Gram else Rows()
+    moments.add(x[:30], y[:30])
+    other.add(x[30:], y[30:])
+    both = moments.merged(other)  # type: ignore[arg-type]
+    expected = (x.double() @ weight.mT - y.double()).square().sum()
+    expected.backward()
+    value, gradient = both.value_and_gradient(weight.detach())
+    assert float(value) == pytest.approx(float(expected), rel=1e-6)
+    torch.testing.assert_close(gradient, weight.grad, rtol=1e-5, atol=1e-5)
+    assert both.squared_error(weight.detach()) == pytest.approx(float(expected), rel=1e-6)
+    assert both.feature_energy == pytest.approx(float(x.square().sum(0).mean()), rel=1e-6)
+    assert both.rows == 50
+    assert both.energy == pytest.approx(float(y.square().sum()), rel=1e-6)
+
+
+def test_single_precision_sums_are_as_good_as_double_ones() -> None:
+    """Over many batches of features far from zero, where a float32 sum would drift."""
+    torch.manual_seed(0)
+    single, double = (Gram(6, 2, torch.device("cpu")) for _ in range(2))
+    for _ in range(300):
+        x = torch.rand(200, 6) + 10
+        y = torch.rand(200, 2)
+        single.add(x, y)
+        double.add(x.double(), y.double())
+    torch.testing.assert_close(single.gram_FF, double.gram_FF, rtol=2e-6, atol=0)
+
+
+# --- what is fitted
+
+
+@pytest.mark.parametrize("name", ops.names())
+def test_a_fit_is_never_worse_and_finds_back_what_the_op_can_do(name: str) -> None:
+    torch.manual_seed(0)
+    donor = nn.Conv2d(6, 6, 3, bias=False)
+    truth, op = (ops.get(name).from_conv(donor) for _ in range(2))
+    x = torch.randn(4000, 54)
+    x[:, 1:] += x[:, :-1]  # neighbours are alike
+    y = x @ truth.as_dense().detach().flatten(1).mT
+    with torch.no_grad():
+        for parameter in op.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    fitted, held = (Gram(54, 6, torch.device("cpu")) for _ in range(2))
+    fitted.add(x[:3200], y[:3200])
+    held.add(x[3200:], y[3200:])
+    fit = fit_op(op, truth.as_dense().detach().flatten(1), fitted, held)
+    assert 0 <= fit.after < 1e-4 < fit.before
+
+
+def test_a_fit_that_would_be_worse_is_undone() -> None:
+    """The kernel is optimal as it stands: there is nothing to gain, and nothing may be lost."""
+    donor = nn.Conv2d(4, 4, 3, bias=False)
+    op = DepthwiseConv2d.from_conv(donor)
+    before = copy.deepcopy(op.state_dict())
+    x = torch.randn(500, 36)
+    y = x @ op.as_dense().detach().flatten(1).mT
+    fitted, held = (Gram(36, 4, torch.device("cpu")) for _ in range(2))
+    fitted.add(x[:400], y[:400])
+    held.add(x[400:], y[400:])
+    fit = fit_op(op, donor.weight.detach().flatten(1), fitted, held)
+    assert fit.after <= fit.before
+    for key, value in op.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=1e-2, atol=1e-3)
+
+
+def test_large_sites_are_fitted_on_rows(teacher: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gram = calibrate_and_report(teacher, cs.rewrite(teacher), IMAGES, polish=False)
+    monkeypatch.setattr(_moments, "_GRAM_FEATURES", 10)
+    with_rows = calibrate_and_report(teacher, cs.rewrite(teacher), IMAGES, polish=False)
+    assert with_rows.sites[0].after == pytest.approx(with_gram.sites[0].after, rel=0.02)
+
+
+def test_statistics_are_averages_over_the_batches() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(2), nn.Dropout(0.5), nn.BatchNorm2d(2)).eval()
+    batches = [torch.randn(4, 2, 5, 5) * 3 + 1 for _ in range(3)]
+    estimate_statistics(net, batches)
+    means = torch.stack([batch.mean(dim=(0, 2, 3)) for batch in batches]).mean(0)
+    torch.testing.assert_close(net[0].running_mean, means)
+    torch.testing.assert_close(net[2].running_mean, torch.zeros(2), atol=1e-5, rtol=0)  # no dropout in between
+    assert net[0].momentum == 0.1
+    assert not any(module.training for module in net.modules())
+
+
+# --- what comes out
+
+
+def agreement(a: nn.Module, b: nn.Module, images: Tensor) -> float:
+    with torch.no_grad():
+        return float((a(images).argmax(1) == b(images).argmax(1)).float().mean())
+
+
+@pytest.mark.parametrize("name", ops.names())
+def test_every_op_comes_closer_to_its_teacher(name: str, teacher: nn.Module) -> None:
+    student = cs.rewrite(teacher, name)
+    result = calibrate_and_report(teacher, student, IMAGES, **QUICK)
+    unseen, _ = stripes(200, seed=9)
+    first, last = result.stages[0], result.stages[-1]
+    assert [stage.name for stage in result.stages] == ["closed form", "batch-norm statistics", "fit", "polish"]
+    assert last.error < first.error
+    assert agreement(result.student, teacher, unseen) > max(0.9, agreement(student, teacher, unseen) - 0.01)
+    assert [site.fqn for site in result.sites] == ["conv2"]
+    assert all(site.after <= site.before for site in result.sites)
+    assert cs.plan_of(result.student) == cs.plan_of(student)
+
+
+@pytest.mark.parametrize("polish", [False, Polish(steps=3)])
+def test_the_arguments_and_the_random_state_are_not_touched(polish: Any) -> None:
+    teacher = tiny()
+    teacher.norm.eval()
+    student = cs.rewrite(teacher)
+    witness = Witness(teacher, student)
+    result = cs.calibrate(teacher, student, IMAGES, polish=polish)
+    witness.check()
+    assert not any(module.training for module in result.modules())
+    assert isinstance(result, Tiny)
+
+
+@pytest.mark.parametrize("polish", [False, Polish(steps=3)])
+def test_the_same_seed_gives_the_same_student(teacher: nn.Module, polish: Any) -> None:
+    runs = [cs.calibrate(teacher, cs.rewrite(teacher), IMAGES, polish=polish, seed=seed) for seed in (4, 4, 5)]
+    weights = [run.conv2.spatial.weight for run in runs]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        DataLoader(TensorDataset(IMAGES, LABELS), batch_size=7),
+        [IMAGES[:40], IMAGES[40:]],
+        iter([(IMAGES, LABELS)]),
+        TensorDataset(IMAGES, LABELS),
+    ],
+    ids=["loader", "list", "iterator", "dataset"],
+)
+def test_images_come_in_many_forms(teacher: nn.Module, images: Any) -> None:
+    result = calibrate_and_report(teacher, cs.rewrite(teacher), images, polish=False, limit=50)
+    assert result.images == (40, 10)
+    assert result.stages[-1].error < result.stages[0].error
+
+
+class Several(nn.Module):
+    """A shared convolution, one that is only a parameter, one that is never called, two branches, two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv(1, 8)
+        self.shared = conv(8, 8, bias=True)
+        self.left, self.right = conv(8, 8), nn.utils.parametrizations.weight_norm(conv(8, 8))
+        self.kernel = nn.Parameter(0.2 * torch.randn(8, 8, 3, 3))
+        self.bias = nn.Parameter(torch.randn(8))
+        self.never = conv(8, 8)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.shared(torch.relu(self.shared(x))))
+        x = torch.tanh(self.left(x) + self.right(x))
+        return {"map": nn.functional.conv2d(x, self.kernel, self.bias, padding=1), "mean": x.mean((2, 3))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_shared_functional_and_branching_convolutions_are_fitted(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    teacher = Several().to(dtype)
+    student = cs.rewrite(teacher)
+    result = calibrate_and_report(teacher, student, IMAGES, polish=False)
+    assert [site.fqn for site in result.sites] == ["shared", "left", "right", "kernel", "never"]
+    assert "does not run" in result.sites[-1].note
+    assert result.stages[-1].agreement is None
+    assert result.stages[-1].error < 0.7 * result.stages[0].error
+    assert {parameter.dtype for parameter in result.student.parameters()} == {dtype}
+
+
+def test_the_polish_serves_outputs_that_are_no_scores() -> None:
+    torch.manual_seed(0)
+    teacher = Several()
+    result = calibrate_and_report(
+        teacher, cs.rewrite(teacher), IMAGES, polish=Polish(steps=60, learning_rate=0.02, cutmix=0.0)
+    )
+    assert result.stages[-1].name == "polish"
+    assert result.stages[-1].error < result.stages[-2].error
+
+
+def test_frozen_ops_are_calibrated_and_stay_frozen(teacher: nn.Module) -> None:
+    frozen = copy.deepcopy(teacher).requires_grad_(False)
+    result = cs.calibrate(frozen, cs.rewrite(frozen), IMAGES, **QUICK)
+    assert not any(parameter.requires_grad for parameter in result.parameters())
+
+
+def test_a_shared_module_gives_one_site() -> None:
+    teacher = Shared()
+    images = torch.randn(30, 8, 6, 6)
+    result = calibrate_and_report(teacher, cs.rewrite(teacher), images, polish=False)
+    assert [site.fqn for site in result.sites] == ["first", "block.0"]
+    assert result.stages[-1].error < result.stages[0].error
+
+
+def test_progress_says_what_the_polish_will_take(teacher: nn.Module) -> None:
+    events: list[Progress] = []
+    calibrate_and_report(teacher, cs.rewrite(teacher), IMAGES, report=events.append, polish=Polish(steps=11))
+    said = [event.message for event in events if event.message.startswith("polish: 11 steps of 64 images, about ")]
+    assert len(said) == 1
+    assert [event.figures["after"] <= event.figures["before"] for event in events if event.stage == "fit"] == [True]
+
+
+def test_targets_that_do_not_fit_into_memory_are_taken_in_turns(
+    teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = nn.Sequential(conv(1, 8), conv(8, 8), nn.ReLU(), conv(8, 8), nn.ReLU(), conv(8, 8))
+    at_once = calibrate_and_report(net, cs.rewrite(net), IMAGES, polish=False)
+    monkeypatch.setattr(_calibrate, "_TARGET_BYTES", 1)
+    in_turns = calibrate_and_report(net, cs.rewrite(net), IMAGES, polish=False)
+    assert at_once.sites == in_turns.sites
+
+
+def test_the_result_as_plain_data(teacher: nn.Module) -> None:
+    result = calibrate_and_report(teacher, cs.rewrite(teacher), IMAGES, polish=False)
+    assert isinstance(result, CalibrationResult)
+    data = result.to_dict()
+    assert data["images"] == {"fitted": 64, "held_out": 16}
+    assert data["sites"][0]["fqn"] == "conv2"
+    assert data["peak_memory"] > 10**8
+    assert 0 < data["seconds"] < 600
+
+
+# --- what is refused
+
+
+def test_what_cannot_be_calibrated_is_said_in_one_line(teacher: nn.Module) -> None:
+    student = cs.rewrite(teacher)
+    wrong: list[tuple[type[Exception], str, Any, Any, Any]] = [
+        (CalibrationError, "no cheap convolution", teacher, teacher, IMAGES),
+        (CalibrationError, "no convolution 'conv2'", nn.Sequential(conv(1, 4)), student, IMAGES),
+        (CalibrationError, "8x8x3x3 .* give the network", _wider(), student, IMAGES),
+        (CalibrationError, "cannot take images of 3x8x8", teacher, student, torch.zeros(20, 3, 8, 8)),
+        (DataError, "at least 10 images, got 3", teacher, student, IMAGES[:3]),
+        (DataError, "NaN", teacher, student, IMAGES * float("nan")),
+        (DataError, "float batch", teacher, student, (IMAGES * 0).to(torch.uint8)),
+        (DataError, "got int", teacher, student, 5),
+        (DataError, "one shape", teacher, student, [IMAGES, torch.zeros(4, 1, 9, 9)]),
+        (DataError, "must be a tensor, got str", teacher, student, ["a.png"]),
+    ]
+    for kind, said, a, b, images in wrong:
+        with pytest.raises(kind, match=said) as caught:
+            cs.calibrate(a, b, images, polish=False)
+        assert "\n" not in str(caught.value)
+
+
+def _wider() -> nn.Module:
+    net = tiny()
+    net.conv2 = conv(8, 16)
+    return net
