@@ -749,3 +749,78 @@ class ConvolutionsThatAreEqual(Kept):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.two(self.one(self.conv(x)))
         return y
+
+
+class Gain(nn.Module):
+    """A parametrization with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.gain
+
+
+def with_one_parametrization(shared: nn.Module) -> nn.Module:
+    model = nn.Sequential(conv(), conv(), conv())
+    for module in (model[0], model[1]):
+        parametrize.register_parametrization(module, "weight", shared)
+    return model
+
+
+_GAINS = "0.parametrizations.weight.0.gain and 1.parametrizations.weight.0.gain share memory"
+
+
+@odd("2", kept={"0": f"is tied, and stays so: {_GAINS}", "1": f"is tied, and stays so: {_GAINS}"})
+def one_parametrization_with_a_parameter_for_two() -> nn.Module:
+    return with_one_parametrization(Gain())
+
+
+@odd("0", "1", "2")
+def one_parametrization_without_parameters_for_two() -> nn.Module:
+    return with_one_parametrization(Halved())
+
+
+@odd("conv", kept={"w": "torch.ops.aten.conv2d is not understood; call torch.conv2d"})
+class AtenOperator(Kept):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.conv2d(self.conv(x), self.w, None, [1, 1], [1, 1])
+
+
+@odd("conv", kept={"w": "torch.ops.aten.conv2d is not understood; call torch.conv2d"})
+class AtenOverloadInAForwardThatCannotBeTraced(Kept):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.conv2d.default(self.conv(x) if x.sum() < 1e9 else x, self.w)
+
+
+@odd("conv", kept={"w": "torch.convolution is not understood; call torch.conv2d"})
+class AtenConvolution(Kept):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.convolution(self.conv(x), self.w, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+
+
+class ByAten(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class ActivatedByAten(ByAten):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
+
+
+class ByConvolution(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.convolution(x, self.weight, self.bias, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+
+
+@odd(
+    "0",
+    kept={
+        "1": "does more than one convolution, and torch.ops.aten.conv2d is not understood; call torch.conv2d",
+        "2": "calls torch.convolution, which is not understood; call torch.conv2d",
+    },
+)
+def subclasses_that_call_aten() -> nn.Module:
+    return nn.Sequential(*(kind(8, 8, 3, padding=1) for kind in (ByAten, ActivatedByAten, ByConvolution)))

@@ -640,3 +640,213 @@ class AsksForWhatItMayAsk(nn.Module):
         for layer in self.layers:
             x = layer(x) if isinstance(layer, nn.Module) else x
         return nn.functional.conv2d(x, self.w) if isinstance(x, Tensor) else x
+
+
+# what is valid, and easily taken for broken
+
+
+@odd("conv")
+class HasAGeneratorOfItsOwn(One):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x + torch.rand(x.shape, generator=self.generator))
+
+
+@odd("conv", "other")
+class KeyedByItsModules(TwoConvolutions):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains = {self.conv: 2.0, self.other: 3.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, gain in self.gains.items():
+            x = layer(x) * gain
+        return x
+
+
+@odd("conv")
+class ExpandedBuffer(One):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("zeros", torch.zeros(1).expand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.zeros.sum()
+
+
+@odd("conv")
+def more_on_a_convolution_than_it_uses() -> nn.Module:
+    model = One()
+    model.conv.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    model.conv.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+    return model
+
+
+@odd("conv")
+class TakesAGradientInForward(One):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = self.conv(x)
+            (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return y + gradient
+
+
+@odd("conv", "other")
+def a_forward_of_a_convolution_that_is_a_lambda() -> nn.Module:
+    model = TwoConvolutions()
+    original = model.conv
+    original.forward = lambda x: nn.Conv2d.forward(original, x)
+    return model
+
+
+# what is another in eval mode, or after a run
+
+
+@odd(
+    "other",
+    kept={
+        "conv": "another module takes its place, or none, when the model runs in train mode",
+        "(root).conv2d()": "Conv2d",
+    },
+)
+class ReplacesAConvolutionInTraining(TwoConvolutions):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.conv = nn.Sequential(nn.Conv2d(8, 8, 1), conv())
+        return super().forward(x)
+
+
+@odd("other", kept={"conv": "another module takes its place, or none, when the model is switched"})
+class ReplacesAConvolutionInTrain(TwoConvolutions):
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        if mode:
+            self.conv = conv()
+        return self
+
+
+class Fusing(nn.Module):
+    """Two branches in train mode, one dense convolution in eval mode (Ding and others, 2021, arXiv:2101.03697)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.three, self.one = conv(), conv(), nn.Conv2d(8, 8, 1)
+        self.fused: nn.Conv2d | None = None
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        if not mode and self.fused is None:
+            self.fused = self.fuse()
+        elif mode:
+            self.fused = None
+        return self
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Conv2d:
+        fused = conv().requires_grad_(False)
+        fused.weight.copy_(self.three.weight + nn.functional.pad(self.one.weight, (1, 1, 1, 1)))
+        fused.bias.copy_(self.three.bias + self.one.bias)
+        return fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.three(x) + self.one(x) if self.fused is None else self.fused(x)
+
+
+_SWITCHED = "when the model is switched between train and eval mode"
+
+
+@odd("first", kept={"three": f"its weight is read in add {_SWITCHED}", "one": "its weight is read in pad"})
+def fused_when_it_goes_to_eval_mode() -> nn.Module:
+    return Fusing()
+
+
+@odd(
+    "first",
+    kept={
+        "three": "read in add",
+        "one": "read in pad",
+        "fused": f"another module takes its place, or none, {_SWITCHED}",
+    },
+)
+def fused_already() -> nn.Module:
+    return Fusing().eval()
+
+
+@odd("first", kept={"three": f"another module takes its place, or none, {_SWITCHED}", "one": "takes its place"})
+class FusedForGood(Fusing):
+    def train(self, mode: bool = True) -> nn.Module:
+        nn.Module.train(self, mode)
+        if not mode and self.fused is None:
+            self.fused = self.fuse()
+            del self.three, self.one
+        return self
+
+
+@odd(error=(cs.errors.SurveyError, "writes to a tensor that a closure leads to"))
+class CountsInAClosure(One):
+    def __init__(self) -> None:
+        super().__init__()
+        calls = torch.zeros(1)
+        self.count = lambda x: (calls.add_(1), x)[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.count(x))
+
+
+@odd("conv")
+class ReadsAClosure(One):
+    def __init__(self) -> None:
+        super().__init__()
+        mean = torch.ones(1)
+        self.normalize = lambda x: x - mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.normalize(x))
+
+
+@odd(error=(cs.errors.SurveyError, "gains holds the id() of conv"))
+class KeyedByIds(One):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains = {id(self.conv): 2.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * self.gains[id(self.conv)]
+
+
+@odd("conv", "other")
+class FreezesInTrain(TwoConvolutions):
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self.conv.requires_grad_(False)
+        for parameter in self.other.parameters():
+            parameter.requires_grad = parameter.is_leaf and False
+        return self
+
+
+@odd(error=(cs.errors.GuardError, "the student cannot be put into eval mode, as FreezesAWeightByItsName can: "))
+class FreezesAWeightByItsName(TwoConvolutions):
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self.conv.weight.requires_grad = False
+        return self
+
+
+_UNREGISTERED = "only a plain list or dict holds it"
+
+
+@odd("conv", "other", kept={"after[key 0]": _UNREGISTERED, "after[key 1]": _UNREGISTERED})
+class KeyedByAndHoldingConvolutions(TwoConvolutions):
+    def __init__(self) -> None:
+        super().__init__()
+        self.after = {self.conv: conv(), self.other: conv()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.conv, self.other):
+            x = self.after[layer](layer(x))
+        return x

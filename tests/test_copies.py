@@ -102,6 +102,81 @@ def test_a_copy_that_is_none_is_refused_and_the_model_stays(use: Any, inner: nn.
     assert repr(model) == before
 
 
+def closing_over(tensor: Tensor) -> nn.Module:
+    """A network whose hook writes to a tensor that it has not registered."""
+
+    def count(module: nn.Module, args: Any, output: Tensor) -> None:
+        tensor.add_(1)
+
+    model = net()
+    model[0].register_forward_hook(count)
+    return model
+
+
+class CountsOnItsClass(nn.Sequential):
+    calls = torch.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        COUNT.add_(1)
+        out: Tensor = super().forward(x)
+        return out
+
+
+COUNT = torch.zeros(1)
+
+
+@pytest.mark.parametrize("inputs", [None, torch.zeros(1, 3, 8, 8)])
+@pytest.mark.parametrize("use", [cs.survey, cs.plan, cs.rewrite])
+def test_no_run_of_a_copy_writes_to_a_tensor_outside_of_it(use: Any, inputs: Any) -> None:
+    CountsOnItsClass.calls.zero_()
+    COUNT.zero_()
+    use(CountsOnItsClass(*net()), example_inputs=inputs)
+    assert CountsOnItsClass.calls.item() == COUNT.item() == 0
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, x: cs.survey(model, example_inputs=x),
+        lambda model, x: cs.rewrite(model, cs.plan(model), example_inputs=x),
+        lambda model, x: cs.surgery.check_outputs(model, model, x),
+        lambda model, x: cs.surgery.count_macs(model, x),
+    ],
+)
+def test_a_closure_that_is_written_to_is_refused_and_as_before(use: Any) -> None:
+    tensor = torch.full((2,), 5.0)
+    with pytest.raises(cs.errors.SurveyError, match="Sequential writes to a tensor that a closure leads to"):
+        use(closing_over(tensor), torch.zeros(1, 3, 8, 8))
+    assert tensor.tolist() == [5.0, 5.0]
+
+
+class DrawsWhenSwitched(nn.Sequential):
+    def train(self, mode: bool = True) -> DrawsWhenSwitched:
+        torch.rand(1)
+        super().train(mode)
+        return self
+
+
+def test_a_switch_that_draws_leaves_the_random_state() -> None:
+    model, before = DrawsWhenSwitched(*net()), torch.get_rng_state()
+    cs.rewrite(model, example_inputs=torch.zeros(1, 3, 8, 8))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", [lambda key: {key: 2.0}, lambda key: {key}])
+@pytest.mark.parametrize("use", [cs.survey, cs.plan, cs.rewrite])
+def test_what_is_looked_up_by_id_is_refused(use: Any, kind: Any) -> None:
+    model = nn.Sequential(net())
+    model[0].gains = kind(id(model[0][2]))
+    with pytest.raises(cs.errors.SurveyError) as caught:
+        use(model)
+    assert str(caught.value) == (
+        "Sequential cannot be copied: 0.gains holds the id() of 0.2, and a copy has other ids; "
+        "use the module itself as key, or its name"
+    )
+
+
 def test_lazy_layers_that_cannot_be_copied_are_named() -> None:
     model = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.Conv2d(8, 8, 3))
     with pytest.raises(cs.errors.SurveyError, match="Sequential has lazy layers, which have no weights yet; run it"):
@@ -128,8 +203,8 @@ def test_no_copy_outlives_its_use(use: Any, inputs: Any, monkeypatch: pytest.Mon
     made = []
 
     def noting(original: Any) -> Any:
-        def call(*args: Any) -> nn.Module:
-            made.append(weakref.ref(copied := original(*args)))
+        def call(*args: Any, **kwargs: Any) -> nn.Module:
+            made.append(weakref.ref(copied := original(*args, **kwargs)))
             return copied
 
         return call

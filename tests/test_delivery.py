@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import logging
 import os
@@ -626,6 +627,18 @@ def test_the_name_must_say_onnx(tmp_path: Path) -> None:
 def test_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write"):
         export(Residual(), tmp_path / "nowhere" / "a.onnx", example_inputs=IMAGE)
+
+
+def test_a_full_disk_names_the_path_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(proto: Any, path: Path) -> None:
+        path.write_bytes(b"ha")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(onnx, "save", fill)
+    with pytest.raises(OutputError) as caught:
+        export(Residual(), tmp_path / "a.onnx", example_inputs=IMAGE)
+    assert str(caught.value) == f"cannot write {tmp_path / 'a.onnx'}: No space left on device"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_stages_are_reported(tmp_path: Path) -> None:

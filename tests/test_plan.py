@@ -344,3 +344,34 @@ def test_an_edited_plan_says_so() -> None:
     assert found["stem"] == ("depthwise", "converted", "as the plan was edited to say")
     assert found["last"] == (None, "kept by the plan", "as the plan was edited to say")
     assert found["conv1"][1] == "converted"
+
+
+class Warm(nn.Sequential):
+    """Three convolutions, and a flag that its first forward in train mode sets; the second is read by the flag."""
+
+    def __init__(self, when: tuple[bool, bool]) -> None:
+        super().__init__(*(conv(8, 8) for _ in range(3)))
+        self.when, self.warm = when, False
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        now = self.warm, self.training
+        if self.training:
+            self.warm = True
+            self.steps += 1
+        x = super().forward(x)
+        return x * self[1].weight.mean() if now == self.when else x
+
+
+@pytest.mark.parametrize("when", [(warm, training) for warm in (False, True) for training in (False, True)])
+def test_plan_and_rewrite_decide_alike_about_a_model_that_warms_up(when: tuple[bool, bool]) -> None:
+    model, x = Warm(when), torch.linspace(-1, 1, 8 * 36).reshape(1, 8, 6, 6)
+    witness = Witness(model)
+    the_plan = plan(model, example_inputs=x)
+    assert cs.plan_of(cs.rewrite(model, example_inputs=x)) == the_plan
+    assert cs.plan_of(cs.rewrite(model, the_plan, example_inputs=x)) == the_plan
+    # warm and in train mode is what the second step is, and nobody takes two
+    expected = {"0", "2"} if when != (True, True) else {"0", "1", "2"}
+    assert {decision.fqn for decision in the_plan.converted} == expected
+    assert model.warm is False
+    witness.check()

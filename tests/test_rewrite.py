@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from nets import Branching, Shared, Small, Witness, assert_bit_identical, conv
+from odd_networks import Fusing, ReplacesAConvolutionInTraining
 from torch import Tensor, nn
 
 import convsurgeon as cs
@@ -372,3 +373,20 @@ def test_a_plan_that_converts_nothing_is_refused() -> None:
     empty = cs.Plan.from_dict({**plan(Small()).to_dict(), "decisions": []})
     with pytest.raises(cs.errors.NothingToConvertError, match="the plan for Small converts nothing"):
         rewrite(Small(), empty)
+
+
+@pytest.mark.parametrize(
+    ("make", "fqn", "reason"),
+    [
+        (Fusing, "three", "its weight is read in add when the model is switched between train and eval mode"),
+        (ReplacesAConvolutionInTraining, "conv", "another module takes its place, or none, when the model runs"),
+    ],
+)
+def test_a_plan_that_converts_what_must_be_kept_is_refused(make: Any, fqn: str, reason: str) -> None:
+    model = make()
+    the_plan = plan(nn.Sequential(conv(8, 8)))
+    decisions = [replace(the_plan.decisions[0], fqns=(fqn,))]
+    with pytest.raises(cs.errors.GuardError) as caught:
+        rewrite(model, replace(the_plan, decisions=tuple(decisions)), example_inputs=X8)
+    assert str(caught.value).startswith(f"{fqn} of {make.__name__} cannot be replaced: {reason}")
+    assert str(caught.value).endswith(f"keep it: --keep {fqn!r}")

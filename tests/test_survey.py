@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -225,6 +226,35 @@ def test_a_forward_that_was_replaced_is_an_obstacle() -> None:
     model = nn.Sequential(conv(8, 8))
     model[0].forward = lambda x: x
     assert survey(model).sites[0].obstacle == "its forward was replaced by one that runs 0 convolutions, not one"
+
+
+def test_a_weight_that_is_no_parameter_is_called_what_it_is() -> None:
+    model = nn.Sequential(conv(8, 8), conv(8, 8), Custom(8, 8, 3), conv(8, 8))
+    for module in (model[0], model[1]):
+        weight = module.weight.detach().clone()
+        del module.weight
+        (module.register_buffer if module is model[0] else module.__setattr__)("weight", weight)
+    original = model[3]
+    original.forward = lambda x: nn.functional.conv2d(x, 2 * original.weight, original.bias, padding=1)
+    notes = [site.note for site in survey(model).sites]
+    assert notes == [
+        "started from its weight, which is a buffer",
+        "started from its weight, which is a plain tensor",
+        None,
+        "started from the kernel that its replaced forward computes",
+    ]
+
+
+class WithMask(nn.Conv2d):
+    """As partial convolutions are, which return a mask besides."""
+
+    def forward(self, input: Tensor) -> Any:
+        return super().forward(input), input > 0
+
+
+def test_a_subclass_that_returns_more_than_a_tensor_is_told_so() -> None:
+    site = survey(nn.Sequential(WithMask(8, 8, 3))).sites[0]
+    assert site.obstacle == f"{site.type} is a subclass of Conv2d that returns a tuple, and an op returns a tensor"
 
 
 def test_tied_weights_are_an_obstacle_that_names_both() -> None:

@@ -1,6 +1,7 @@
 """What images without labels can do for a student: least squares, batch-norm statistics, polish."""
 
-from convsurgeon.calibration._calibrate import CalibrationResult, SiteFit, Stage, calibrate, calibrate_and_report
+from convsurgeon.calibration._calibrate import calibrate, calibrate_and_report
 from convsurgeon.calibration._polish import Polish
+from convsurgeon.calibration._result import CalibrationResult, SiteFit, Stage
 
 __all__ = ["CalibrationResult", "Polish", "SiteFit", "Stage", "calibrate", "calibrate_and_report"]

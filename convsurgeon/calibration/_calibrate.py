@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,75 +18,17 @@ from convsurgeon.calibration._moments import AbstractMoments, Gram, Rows, keeps_
 from convsurgeon.calibration._norms import estimate_statistics, put_statistics, statistics_of
 from convsurgeon.calibration._polish import Polish
 from convsurgeon.calibration._polish import polish as run_polish
+from convsurgeon.calibration._result import CalibrationResult, SiteFit, Stage
 from convsurgeon.calibration._sites import CalibrationSite, sites_in_order
 from convsurgeon.progress import Progress, Report, be_silent
 from convsurgeon.surgery import copy_module, expect_module, in_mode
+
+Judge = Callable[[nn.Module], float]
 
 _POSITIONS = 64
 _TARGET_BYTES = 10**9
 """How much of the teacher's outputs is kept at a time; more sites than fit take another pass."""
 _EVERY = 5
-
-
-@dataclass(frozen=True)
-class Stage:
-    """How close the student is to the teacher on the images held out, after one stage.
-
-    Args:
-        name: `closed form`, `batch-norm statistics`, `fit`, `polish`.
-        agreement: the share (0..1) of images with the same highest score; None where answers are no scores.
-        error: squared difference of the answers over the teacher's squared answers.
-        seconds: that the stage took.
-        note: what was decided in it.
-    """
-
-    name: str
-    agreement: float | None
-    error: float
-    seconds: float
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class SiteFit:
-    """What the fit did for one op: relative squared errors of its output, and the ridge chosen."""
-
-    fqn: str
-    before: float
-    after: float
-    ridge: float
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class CalibrationResult:
-    """The student, and what each stage was worth.
-
-    Args:
-        student: in eval mode.
-        stages: in the order in which they were done.
-        sites: one entry for each op that runs on the images.
-        images: how many were fitted and held out.
-        seconds: in all.
-        peak_memory: of the process until now, in bytes.
-    """
-
-    student: nn.Module
-    stages: tuple[Stage, ...]
-    sites: tuple[SiteFit, ...]
-    images: tuple[int, int]
-    seconds: float
-    peak_memory: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the student as plain JSON data."""
-        return {
-            "images": {"fitted": self.images[0], "held_out": self.images[1]},
-            "stages": [asdict(stage) for stage in self.stages],
-            "sites": [asdict(site) for site in self.sites],
-            "seconds": round(self.seconds, 1),
-            "peak_memory": self.peak_memory,
-        }
 
 
 def calibrate(
@@ -132,12 +73,19 @@ def calibrate_and_report(
     polish: bool | Polish = True,
     limit: int = 2048,
     seed: int = 0,
+    judge: Judge | None = None,
     report: Report = be_silent,
 ) -> CalibrationResult:
-    """Calibrate as `calibrate` does, and return what each stage and each site came to, too."""
+    """Calibrate as `calibrate` does, and return what each stage and each site came to, too.
+
+    Args:
+        judge: called with the student after each stage, in eval mode and not to be changed; what it returns,
+            such as an accuracy on labelled images, is kept as the stage's score and decides nothing.
+    """
     expect_module(teacher)
     expect_module(student)
-    run = _Run(teacher, student, gather(images, limit=limit, seed=seed), seed=seed, report=report)
+    taken = gather(images, limit=limit, seed=seed)
+    run = _Run(teacher, student, taken, seed=seed, judge=judge, report=report)
     with torch.random.fork_rng(devices=[]):
         run.closed_form()
         run.statistics()
@@ -151,14 +99,22 @@ class _Run:
     """One calibration: the networks in eval mode, the images, and what the stages came to."""
 
     def __init__(
-        self, teacher: nn.Module, student: nn.Module, images: CalibrationImages, *, seed: int, report: Report
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        images: CalibrationImages,
+        *,
+        seed: int,
+        judge: Judge | None,
+        report: Report,
     ) -> None:
         self.teacher = in_mode(copy_module(teacher), training=False)
         self.student = in_mode(copy_module(student), training=False)
-        self.images, self.seed, self.report = images.like(self.student), seed, report
+        self.images, self.seed, self.judge, self.report = images.like(self.student), seed, judge, report
         self.stages: list[Stage] = []
         self.fits: list[SiteFit] = []
         self.started = self.stage_started = time.monotonic()
+        self.judged = 0.0
         self.wanted = answers_of(self.teacher, self.images.batches(held=True))
         self.sites, self.idle = sites_in_order(self.teacher, self.student, self.images.fitted[:2])
 
@@ -213,7 +169,7 @@ class _Run:
             tuple(self.stages),
             (*self.fits, *idle),
             (len(self.images.fitted), len(self.images.held)),
-            time.monotonic() - self.started,
+            time.monotonic() - self.started - self.judged,
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
 
@@ -279,8 +235,10 @@ class _Run:
         return closeness(answers_of(self.student, self.images.batches(held=True)), self.wanted)
 
     def _close(self, name: str, found: Closeness, note: str = "") -> None:
-        now = time.monotonic()
-        self.stages.append(Stage(name, found.agreement, found.error, round(now - self.stage_started, 1), note))
-        self.stage_started = now
+        seconds = round(time.monotonic() - self.stage_started, 1)
+        score = None if self.judge is None else self.judge(self.student)
+        self.stages.append(Stage(name, found.agreement, found.error, seconds, note, score))
+        self.judged += time.monotonic() - self.stage_started - seconds
+        self.stage_started = time.monotonic()
         figures = {"error": found.error} | ({} if found.agreement is None else {"agreement": found.agreement})
         self.report(Progress("calibrate", len(self.stages), None, figures, name))

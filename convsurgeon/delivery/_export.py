@@ -22,7 +22,7 @@ from convsurgeon.delivery._inputs import ExampleInputs, Inputs, example_of, is_b
 from convsurgeon.delivery._metadata import compose_metadata, write_metadata
 from convsurgeon.delivery._parity import Parity, check_parity, gather_images, named_outputs
 from convsurgeon.delivery._session import session
-from convsurgeon.errors import ExportError, OutputError, SurveyError, one_line
+from convsurgeon.errors import ExportError, SurveyError, one_line
 from convsurgeon.files import refuse_to_overwrite, write_atomically
 from convsurgeon.progress import Progress, Report, be_silent
 from convsurgeon.record import read_record
@@ -212,8 +212,6 @@ def _write(proto: onnx.ModelProto, path: Path) -> None:
         onnx.checker.check_model(path)
     except (onnx.checker.ValidationError, ValueError) as error:
         raise ExportError(f"the exporter made an invalid ONNX graph: {one_line(error)}") from error
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -4,6 +4,16 @@ Everything is computed in float64, block by block, and handed back in the dtype 
 """
 
 from convsurgeon.factorization._low_rank import low_rank, rank_keeping, rank_one
+from convsurgeon.factorization._pursuit import fit_on_features, pursue_taps
 from convsurgeon.factorization._taps import fixed_taps, highest_energy_taps, one_hot_kernel
 
-__all__ = ["fixed_taps", "highest_energy_taps", "low_rank", "one_hot_kernel", "rank_keeping", "rank_one"]
+__all__ = [
+    "fit_on_features",
+    "fixed_taps",
+    "highest_energy_taps",
+    "low_rank",
+    "one_hot_kernel",
+    "pursue_taps",
+    "rank_keeping",
+    "rank_one",
+]

@@ -1,10 +1,11 @@
 """Find every convolution, decide about each, and build the student: survey, plan, rewrite."""
 
 from convsurgeon.surgery._copies import copy_module, expect_module, in_mode
-from convsurgeon.surgery._cost import Cost, Macs, cost_of, count_macs, count_params, example_like, totals
+from convsurgeon.surgery._cost import Cost, FlopCounter, Macs, cost_of, count_macs, count_params, example_like, totals
 from convsurgeon.surgery._functional import dense_kernel
 from convsurgeon.surgery._graph import trace as trace_graph
 from convsurgeon.surgery._guard import GuardReport
+from convsurgeon.surgery._paths import named_leaves
 from convsurgeon.surgery._plan import Decision, Plan, default_keep, mac_ratio, plan
 from convsurgeon.surgery._rewrite import check_outputs, plan_of, rebuild, rewrite
 from convsurgeon.surgery._sites import Site
@@ -13,6 +14,7 @@ from convsurgeon.surgery._survey import Survey, survey
 __all__ = [
     "Cost",
     "Decision",
+    "FlopCounter",
     "GuardReport",
     "Macs",
     "Plan",
@@ -29,6 +31,7 @@ __all__ = [
     "expect_module",
     "in_mode",
     "mac_ratio",
+    "named_leaves",
     "plan",
     "plan_of",
     "rebuild",

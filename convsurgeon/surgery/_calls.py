@@ -26,6 +26,10 @@ CONVOLUTIONS = {
     torch.conv_transpose3d: "conv_transpose3d",
     torch.convolution: "convolution",
 }
+for _name in tuple(CONVOLUTIONS.values()):
+    _packet = getattr(torch.ops.aten, _name)
+    CONVOLUTIONS |= {_packet: _name, **{getattr(_packet, overload): _name for overload in _packet.overloads()}}
+NOT_UNDERSTOOD = "torch.ops.aten.conv2d is not understood; call torch.conv2d"
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 # what an op answers, too, where it stands for a kernel
 METHODS = {name for name in TENSOR_METADATA if callable(getattr(Tensor, name))}
@@ -64,6 +68,7 @@ class Call:
 
     arguments: Mapping[str, Any]
     output: Tensor
+    function: Any = torch.conv2d
 
 
 @dataclass
@@ -105,7 +110,7 @@ class Watch(TorchFunctionMode):
         found = caller(self.known)
         weight, x = arguments["weight"], arguments["input"]
         tensor = self.watched.get(id(weight))
-        if func is not torch.conv2d:
+        if CONVOLUTIONS[func] != "conv2d":
             return Use(CONVOLUTIONS[func], found.owner, found.where, tensor)
         spec, problem = spec_of(weight.shape, arguments)
         size = (int(x.shape[-2]), int(x.shape[-1]))
@@ -115,6 +120,8 @@ class Watch(TorchFunctionMode):
             problem = f"a {type(found.stray).__name__} that is no submodule of the model; register it as one"
         elif tensor is None:
             problem = "its kernel is computed when it runs"
+        elif func is not torch.conv2d:
+            problem = NOT_UNDERSTOOD
         return Use("conv2d", found.owner, found.where, tensor, spec, problem, size)
 
 
@@ -152,7 +159,7 @@ class Recorder(TorchFunctionMode):
         if func in CONVOLUTIONS:
             arguments = bind(args, kwargs or {})
             # an activation in place would change both
-            self.calls.append(Call({**arguments, "input": arguments["input"].clone()}, out.clone()))
+            self.calls.append(Call({**arguments, "input": arguments["input"].clone()}, out.clone(), func))
         return out
 
 
@@ -190,7 +197,7 @@ def is_metadata(func: Any) -> bool:
 def name_of(func: Any) -> str:
     """Return what a person would call a torch function."""
     name = str(getattr(func, "__name__", func))
-    if name == "__get__":  # of a property
+    if name in ("__get__", "__set__"):  # of a property
         name = str(getattr(func.__self__, "__name__", func.__self__))
     return name.strip("_")
 

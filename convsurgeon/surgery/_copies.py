@@ -42,8 +42,8 @@ def expect_module(model: Any) -> None:
     raise SurveyError(f"a model is an nn.Module, got {type(model).__name__}")
 
 
-def shadow(model: nn.Module) -> nn.Module:
-    """Return a copy to trace, hook and run, in eval mode.
+def shadow(model: nn.Module, *, as_it_is: bool = False) -> nn.Module:
+    """Return a copy to trace, hook and run, in eval mode, or in the modes that the model is in.
 
     Some networks write to their weights in forward (max-norm constraints do), and lazy layers make them
     there, so it shares none. A parameter's memory is copied when one of the two is written to, and not
@@ -57,15 +57,17 @@ def shadow(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter and id(parameter) not in sharing and _may_be_copied_on_write(parameter):
             memo[id(parameter)] = nn.Parameter(parameter.detach()._lazy_clone(), parameter.requires_grad)
-    return in_mode(copy_module(model, memo), training=False)
+    copied = copy_module(model, memo)
+    return copied if as_it_is else in_mode(copied, training=False)
 
 
 def in_mode(module: M, *, training: bool) -> M:
-    """Return a module in train or eval mode: a `train()` of its own may forget to return it."""
-    if training:
-        module.train()
-    else:
-        module.eval()
+    """Return a module in train or eval mode: a `train()` of its own may forget to return it, or draw at random."""
+    with untouched_random_state():
+        if training:
+            module.train()
+        else:
+            module.eval()
     return module
 
 
@@ -122,6 +124,7 @@ def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
                     _copy_marks(parameter, memo)
         result = copy_value(model, memo, owner=type(model).__name__)
     _refuse_to_share(model, result)
+    _refuse_ids(model, result)
     return result
 
 
@@ -135,6 +138,19 @@ def _refuse_to_share(model: nn.Module, copied: nn.Module) -> None:
                 f"{type(model).__name__} cannot be copied: the copy shares {what} with it, as a __deepcopy__ that "
                 "returns what it should copy makes it; let it copy its submodules and parameters"
             )
+
+
+def _refuse_ids(model: nn.Module, copied: nn.Module) -> None:
+    """Raise if a copy still looks things up by the `id()` of the model's parts: its own have others."""
+    mine = {id(part): fqn for fqn, part in (*model.named_modules(), *model.named_parameters())}
+    for fqn, module in copied.named_modules():
+        for name, value in vars(module).items():
+            ids = [key for key in value if type(key) is int and key in mine] if isinstance(value, (dict, set)) else ()
+            for key in ids:
+                raise SurveyError(
+                    f"{type(model).__name__} cannot be copied: {f'{fqn}.{name}'.lstrip('.')} holds the id() of "
+                    f"{mine[key] or '(root)'}, and a copy has other ids; use the module itself as key, or its name"
+                )
 
 
 def _copy_parts(module: nn.Module, memo: dict[Any, Any]) -> None:

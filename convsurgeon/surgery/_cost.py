@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from convsurgeon import ops
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.surgery._copies import ExampleInputs, call, shadow
+from convsurgeon.surgery._outside import untouched_outside
 from convsurgeon.surgery._plan import Decision, Plan
 from convsurgeon.surgery._sites import Site
 from convsurgeon.surgery._survey import Survey
@@ -89,6 +89,26 @@ class Macs:
     counted: int
 
 
+class _NoTracker:
+    """In the place of the tracker that tells which module runs."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class FlopCounter(FlopCounterMode):
+    """Counts whatever runs, without the hooks for who runs it: they fail where a forward takes a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+        self.mod_tracker: Any = _NoTracker()
+
+
 def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> Macs:
     """Run a model once and count the multiply-adds of every convolution and matrix product.
 
@@ -108,9 +128,7 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> Macs:
         if isinstance(module, AbstractCheapConv):
             # before the op's own padding
             module.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
-    with FlopCounterMode(display=False) as counter, warnings.catch_warnings():
-        # its own hooks, of which torch.compile warns
-        warnings.filterwarnings("ignore", message="Using `torch.compile")
+    with untouched_outside(model), FlopCounter() as counter:
         call(copy, example_inputs)
     counted = counter.get_total_flops() // 2
     return Macs(counted - hot, counted)

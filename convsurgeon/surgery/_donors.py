@@ -14,17 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize, prune
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
+from torch.nn.utils import parametrize
 
 from convsurgeon.errors import SurveyError, one_line
 from convsurgeon.ops import AbstractCheapConv, SamePadding
 from convsurgeon.spec import ConvSpec
-from convsurgeon.surgery._calls import Call, Recorder, Watch, spec_of
+from convsurgeon.surgery._calls import CONVOLUTIONS, NOT_UNDERSTOOD, Call, Recorder, Watch, spec_of
 from convsurgeon.surgery._copies import call, copy_module, in_mode
-
-WEIGHT_WRITERS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
+from convsurgeon.surgery._weights import WEIGHT_WRITERS, describe_kernel, describe_writers, type_name
 
 
 @dataclass(frozen=True)
@@ -97,20 +94,12 @@ def is_plain(module: nn.Conv2d) -> bool:
     return own and untouched and all(name in module._parameters for name in ("weight", "bias"))
 
 
-def type_name(module: nn.Module) -> str:
-    """Return the class's name, with its module's path where it is not torch's own."""
-    cls = type(module)
-    if parametrize.is_parametrized(module):
-        cls = cls.__bases__[0]
-    return cls.__name__ if cls.__module__.startswith("torch.nn.") else f"{cls.__module__}.{cls.__qualname__}"
-
-
 class _Refusal(Exception):  # noqa: N818  it says no, it is no failure
     """Why a module is no plain convolution."""
 
 
 def _probe(module: nn.Conv2d) -> Donor:
-    how = _weight_notes(module)
+    how = describe_writers(module)
     what = f"{type_name(module)} is a subclass of Conv2d that"
     if type(module) is nn.Conv2d or parametrize.is_parametrized(module) or how:
         what = "it"
@@ -144,7 +133,7 @@ def _probe(module: nn.Conv2d) -> Donor:
         if getattr(spec, name) != getattr(module, name):
             raise _Refusal(f"{what} computes with {name}={getattr(spec, name)}, and says {getattr(module, name)}")
     if not direct and not how:
-        how = f"started from the kernel that {type_name(module)} computes"
+        how = f"started from {describe_kernel(weight, copied)}"
     notes = [note for note in (how, "pads as TensorFlow does" if spec.pads_by_size else None) if note]
     own_bias = bias is copied._parameters.get("bias")
     own_weight = _as_parameter(module.weight if direct else weight, module, "weight")
@@ -177,14 +166,20 @@ def _run(module: nn.Module, x: Tensor, what: str) -> tuple[Call, Tensor]:
         raise _Refusal(f"{what} runs {len(recorder.calls)} convolutions, not one")
     made = recorder.calls[0]
     weight = made.arguments["weight"]
-    if not isinstance(weight, Tensor) or weight.dim() != 4 or not isinstance(out, Tensor):
+    if CONVOLUTIONS[made.function] == "convolution":
+        raise _Refusal(f"{what} calls torch.convolution, which is not understood; call torch.conv2d")
+    if not isinstance(weight, Tensor) or weight.dim() != 4:
         raise _Refusal(f"{what} is no 2-d convolution")
+    if not isinstance(out, Tensor):
+        raise _Refusal(f"{what} returns a {type(out).__name__}, and an op returns a tensor")
     return made, out
 
 
 def _inside(module: nn.Conv2d, copied: nn.Conv2d, runs: Sequence[tuple[Tensor, Call, Tensor]], what: str) -> Donor:
     """Return the convolution in a module that does more: its weight is used there as it is, and nowhere else."""
     weight = copied.weight
+    if any(made.function is not torch.conv2d for _, made, _ in runs):
+        raise _Refusal(f"{what} does more than one convolution, and {NOT_UNDERSTOOD}")
     for training in (False, True):
         watch = Watch({id(weight): weight}, set(copied.modules()))
         call(in_mode(copied, training=training), runs[0][0], watch)
@@ -288,20 +283,6 @@ def _images(module: nn.Conv2d) -> Iterator[Tensor]:
         height, width = (r + pads + s + extra for r, s in zip(reach, module.stride, strict=True))
         x = torch.randn(2, module.in_channels, height, width + 1, generator=generator)
         yield x.to(dtype=first.dtype, device="cpu" if first.is_meta else first.device)
-
-
-def _weight_notes(module: nn.Conv2d) -> str | None:
-    """Return what writes the weight of a module before it runs, in words, or None."""
-    if parametrize.is_parametrized(module):
-        chains = module.parametrizations.values()  # type: ignore[operator]
-        names = dict.fromkeys(type(part).__name__.lstrip("_") for chain in chains for part in chain)
-        return f"started from its effective weight ({', '.join(names)} is baked in)"
-    writers = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WEIGHT_WRITERS)]
-    if any(isinstance(hook, prune.BasePruningMethod) for hook in writers):
-        return "started from its pruned weight; the sparsity is lost"
-    if writers:
-        return f"started from its effective weight ({type(writers[0]).__name__} is baked in)"
-    return None
 
 
 def _ingredients(module: nn.Conv2d) -> set[str]:

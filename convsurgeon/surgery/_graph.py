@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from convsurgeon.errors import one_line
 from convsurgeon.ops import AbstractCheapConv
-from convsurgeon.surgery._calls import CONVOLUTIONS, METHODS, PROPERTIES, bind, caller, spec_of
+from convsurgeon.surgery._calls import CONVOLUTIONS, METHODS, NOT_UNDERSTOOD, PROPERTIES, bind, caller, spec_of
 from convsurgeon.surgery._copies import untouched_random_state
 from convsurgeon.surgery._functional import Finding, Names
 
@@ -142,6 +142,8 @@ def _functional(node: fx.Node, region: nn.Module, fqn: str, names: Names) -> Fin
     spec, obstacle = spec_of(tensor.shape, arguments)
     if passes:
         obstacle = f"its kernel passes through {passes[0]} before the convolution"
+    elif node.target is not torch.conv2d:
+        obstacle = NOT_UNDERSTOOD
     return replace(found, kernel=kernel, spec=spec, problem=obstacle, facts=_facts(node, prefix=fqn))
 
 

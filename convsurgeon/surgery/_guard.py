@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,11 @@ from convsurgeon.surgery._calls import Strangers
 from convsurgeon.surgery._copies import ExampleInputs, call, copy_module, expect_module, in_mode, shadow
 from convsurgeon.surgery._examples import at_least_two, describe_inputs, generated_inputs
 from convsurgeon.surgery._expected import Expected
-from convsurgeon.surgery._graph import trace
 from convsurgeon.surgery._observation import written_kernels
 from convsurgeon.surgery._outputs import Leaf, describe_output
+from convsurgeon.surgery._outside import untouched_outside
+from convsurgeon.surgery._passing_by import note_calls, ops_passed_by
+from convsurgeon.surgery._switching import convolutions, replaced_convolutions, switch_modes
 from convsurgeon.surgery._values import asks_what_layers_are, difference_with_the_same_kernels
 
 
@@ -81,12 +83,22 @@ def compare_outputs(
     """Do what `check_outputs` does; what the model itself gives may be known already."""
     expect_module(model)
     expect_module(student)
+    with untouched_outside(model):
+        return _compare_outputs(model, student, example_inputs, expected=expected)
+
+
+def _compare_outputs(
+    model: nn.Module, student: nn.Module, example_inputs: ExampleInputs | None, *, expected: Expected | None
+) -> GuardReport:
     inputs = example_inputs
     if expected is None:
-        teacher = shadow(model)
+        teacher = shadow(model, as_it_is=True)
+        touched, before = switch_modes(teacher), convolutions(teacher)
         inputs, expected = _run_teacher(teacher, model, example_inputs)
-        _refuse_written_kernels(model, teacher, student)
-        del teacher
+        touched |= replaced_convolutions(before, teacher, when="when the model runs")
+        touched |= dict.fromkeys(written_kernels(model, teacher), "its kernel is written to when the model runs")
+        _refuse_touched_kernels(model, student, touched)
+        del teacher, before
     if inputs is None or expected is None:
         return GuardReport(None)
     what = describe_inputs(inputs) if example_inputs is not None else f"a generated {describe_inputs(inputs)}"
@@ -97,9 +109,14 @@ def compare_outputs(
             f"the student cannot be copied, though the model can ({error.__cause__ and one_line(error.__cause__)}): "
             "a __deepcopy__ that builds a module anew does not know of its ops; let it copy what the module holds"
         ) from error
+    except Exception as error:  # whatever a foreign train() raises
+        raise GuardError(
+            f"the student cannot be put into eval mode, as {type(model).__name__} can: {one_line(error)}; its train() "
+            "or eval() uses a convolution's weight, which an op computes: --keep that convolution"
+        ) from error
     calls = note_calls(copied)
     loose = _compare(copied, model, inputs, expected.output, what=what, training=False)
-    not_called = _not_called(model, calls, inputs)
+    passed_by = ops_passed_by(model, calls, inputs)
     if asks_what_layers_are(model) and (far := difference_with_the_same_kernels(model, student, inputs)):
         raise GuardError(
             f"the student's output on the example input {what} is {far:.0%} off that of {type(model).__name__} with "
@@ -110,16 +127,15 @@ def compare_outputs(
         batch, in_training = at_least_two(inputs), f"{what}, in train mode"
         loose += _compare(copied, model, batch, expected.in_training, what=in_training, training=True)
     tensors = sum(leaf.shape is not None for leaf in expected.output)
-    return GuardReport(what, tuple(dict.fromkeys(loose)), not_called, expected.not_trained, tensors)
+    return GuardReport(what, tuple(dict.fromkeys(loose)), passed_by, expected.not_trained, tensors)
 
 
-def _refuse_written_kernels(model: nn.Module, teacher: nn.Module, student: nn.Module) -> None:
-    written = written_kernels(model, teacher)
-    for fqn, op in student.named_modules() if written else ():
-        if isinstance(op, AbstractCheapConv) and (fqn in written or f"{fqn}.weight".lstrip(".") in written):
+def _refuse_touched_kernels(model: nn.Module, student: nn.Module, touched: Mapping[str, str]) -> None:
+    for fqn, op in student.named_modules() if touched else ():
+        reason = touched.get(fqn, touched.get(f"{fqn}.weight".lstrip(".")))
+        if isinstance(op, AbstractCheapConv) and reason is not None:
             raise GuardError(
-                f"{type(model).__name__} writes to the kernel of {fqn or '(root)'} when it runs, and an op has none; "
-                f"keep it: --keep {fqn!r}"
+                f"{fqn or '(root)'} of {type(model).__name__} cannot be replaced: {reason}; keep it: --keep {fqn!r}"
             )
 
 
@@ -185,59 +201,6 @@ def _compare(
             where = _first_difference(model, student, inputs, training=training)
             raise GuardError(f"the student's output{want.path} {problem} on the example input {what}{where}")
     return loose
-
-
-def note_calls(student: nn.Module) -> dict[str, bool]:
-    """Return, for every op of a student by its name, whether it was called; it changes as the student runs."""
-    called: dict[str, bool] = {}
-
-    def note(fqn: str) -> Any:
-        return lambda module, args: called.__setitem__(fqn, True)
-
-    for fqn, module in student.named_modules():
-        if isinstance(module, AbstractCheapConv):
-            called[fqn] = False
-            for part in module.modules():  # its forward may be called, not itself
-                part.register_forward_pre_hook(note(fqn))
-    return called
-
-
-def _not_called(model: nn.Module, calls: dict[str, bool], inputs: ExampleInputs) -> tuple[str, ...]:
-    """Return the ops that a student passes by where the model calls the convolution.
-
-    Raises:
-        GuardError: if it calls none of its ops, or has no control flow that could explain it.
-    """
-    missed = [fqn for fqn, called in calls.items() if not called]
-    if not missed:
-        return ()
-    teacher = shadow(model)
-    convolutions = dict(teacher.named_modules())
-    ran: set[str] = set()
-
-    def note(fqn: str) -> Any:
-        return lambda module, args: ran.add(fqn)
-
-    for fqn in missed:
-        for name in (fqn, fqn.removesuffix(".weight")):
-            if isinstance(convolutions.get(name), nn.Conv2d):
-                convolutions[name].register_forward_pre_hook(note(fqn))
-    call(teacher, inputs)
-    lost = tuple(fqn for fqn in missed if fqn in ran)
-    if lost and (not any(calls.values()) or _is_traceable(shadow(model))):
-        raise GuardError(
-            f"the student passes by {lost[0] or '(root)'}, which {type(model).__name__} calls: its forward asks what "
-            "its layers are, and an op is no nn.Conv2d; call the layers whatever they are"
-        )
-    return lost
-
-
-def _is_traceable(model: nn.Module) -> bool:
-    try:
-        trace(model)
-    except Exception:
-        return False
-    return True
 
 
 def _kinds(leaves: Sequence[Leaf]) -> list[tuple[str, str]]:

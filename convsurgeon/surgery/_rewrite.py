@@ -23,13 +23,15 @@ from convsurgeon.progress import Progress, Report, be_silent
 from convsurgeon.record import read_record, update_record
 from convsurgeon.spec import ConvSpec
 from convsurgeon.surgery._copies import ExampleInputs, copy_module, copy_value, expect_module
-from convsurgeon.surgery._donors import WEIGHT_WRITERS, Donor, find_donor, plain_convolution
+from convsurgeon.surgery._donors import Donor, find_donor, plain_convolution
 from convsurgeon.surgery._functional import Names
 from convsurgeon.surgery._guard import check_outputs, compare_outputs
+from convsurgeon.surgery._outside import untouched_outside
 from convsurgeon.surgery._plan import Decision, Plan, decide
 from convsurgeon.surgery._selectors import FilterFn
 from convsurgeon.surgery._sites import describe, shared_weights, walk
 from convsurgeon.surgery._survey import look
+from convsurgeon.surgery._weights import WEIGHT_WRITERS
 
 __all__ = ["check_outputs", "plan_of", "rebuild", "rewrite"]
 
@@ -116,7 +118,8 @@ def plan_of(student: nn.Module) -> Plan | None:
 
 def _carry_out(model: nn.Module, the_plan: Plan, *, initialize: bool) -> nn.Module:
     expect_module(model)
-    replacements = _find_donors(model, the_plan)
+    with untouched_outside(model):
+        replacements = _find_donors(model, the_plan)
     memo: dict[int, Any] = {}
     # the first op in a process makes torch import sympy, which adds a warnings filter of its own
     with warnings.catch_warnings():

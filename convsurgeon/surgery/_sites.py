@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
 from convsurgeon import ops
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import ConvSpec, Pair
 from convsurgeon.surgery._copies import sharing_storage
-from convsurgeon.surgery._donors import Donor, find_donor, has_op_for_kernel, type_name
+from convsurgeon.surgery._donors import Donor, find_donor, has_op_for_kernel
+from convsurgeon.surgery._paths import named_leaves
+from convsurgeon.surgery._weights import type_name
 
 _REGISTRIES = frozenset(vars(nn.Module()))
 
@@ -113,15 +114,14 @@ def _unregistered(model: nn.Module, known: set[nn.Module]) -> Iterator[tuple[nn.
             continue
         for name, value in vars(module).items():
             if name not in _REGISTRIES and _may_hold(value, nn.Module):
-                leaves, _ = pytree.tree_flatten_with_path(value)
-                for path, leaf in leaves:
+                for path, leaf in named_leaves(value):
                     if not isinstance(leaf, nn.Module) or leaf in known:
                         continue
                     for inner, part in leaf.named_modules():
                         is_new = part not in known
                         known.add(part)
                         if is_new and is_convolution(part):
-                            where = f"{owner}.{name}{pytree.keystr(path)}".lstrip(".")
+                            where = f"{owner}.{name}{path}".lstrip(".")
                             yield part, f"{where}.{inner}".rstrip(".")
 
 
@@ -178,8 +178,11 @@ def shared_weights(model: nn.Module) -> dict[int, str]:
     """Map the id of every weight tensor that two modules own, or that overlaps with another, to all the names."""
     owners: dict[int, list[str]] = {}
     for fqn, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(f"{fqn}.{name}".lstrip("."))
+        # one parametrization may be inside of two convolutions
+        for name, parameter in module.named_parameters(recurse=isinstance(module, _ConvNd)):
+            names = owners.setdefault(id(parameter), [])
+            if (full := f"{fqn}.{name}".lstrip(".")) not in names:
+                names.append(full)
     for group in sharing_storage(model):
         for one, other in itertools.combinations(group, 2):
             if one is not other and _overlap(one, other):
@@ -203,10 +206,10 @@ def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, value in (*module._buffers.items(), *vars(module).items()):
             if name in _REGISTRIES or (name in ("weight", "bias") and f"{name}_orig" in module._parameters):
                 continue
-            leaves = pytree.tree_flatten_with_path(value)[0] if _may_hold(value, Tensor) else [((), value)]
+            leaves = named_leaves(value) if _may_hold(value, Tensor) else [("", value)]
             for path, leaf in leaves:
                 if isinstance(leaf, Tensor) and _has_storage(leaf):
-                    yield f"{fqn}.{name}{pytree.keystr(path)}".lstrip("."), leaf
+                    yield f"{fqn}.{name}{path}".lstrip("."), leaf
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:

@@ -18,7 +18,9 @@ from convsurgeon.surgery._expected import Expected, not_trained
 from convsurgeon.surgery._functional import Finding, Names, functional_sites, read_by_others
 from convsurgeon.surgery._graph import GraphFacts, read_graphs
 from convsurgeon.surgery._observation import Run, observe, written_kernels
+from convsurgeon.surgery._outside import untouched_outside
 from convsurgeon.surgery._sites import Site, describe, shared_weights, walk
+from convsurgeon.surgery._switching import convolutions, replaced_convolutions, switch_modes
 
 _STEM_CHANNELS = 4
 
@@ -67,10 +69,16 @@ def look(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Survey
     The second is None without an example input, and where nothing looks as if it could be converted.
     """
     expect_module(model)
+    with untouched_outside(model):
+        return _look(model, example_inputs)
+
+
+def _look(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Survey, Expected | None]:
     tied = shared_weights(model)
     registered = set(model.modules())
     modules = [describe(module, fqns, tied, registered=module in registered) for module, fqns in walk(model)]
-    copied = shadow(model)
+    copied = shadow(model, as_it_is=True)
+    switched = switch_modes(copied)
     seen = _Seen() if example_inputs is None else _see(model, copied, example_inputs, modules)
     if seen.expected is not None:
         # what broke off may have left anything behind
@@ -84,13 +92,14 @@ def look(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Survey
     if run is None:
         findings = [replace(finding, input_size=None) for finding in findings]
     findings += _of_training_only(seen.in_training, findings)
-    obstacles = read_by_others(findings, names), seen.unusual, seen.written
+    touched = seen.written | switched
+    obstacles = read_by_others(findings, names), seen.unusual, touched
     order = trial.order if trial is not None and trial.order else graphs.order
     first = order[0] if order else _first_in_module_order(model)
     sites = [_complete(_with_obstacles(site, *obstacles), graphs, run, first) for site in modules]
     mine = {fqn for site in sites for fqn in site.fqns}
     functional = [site for site in functional_sites(findings, names) if not mine.intersection(site.fqns)]
-    sites += [_complete(_with_obstacles(site, {}, {}, seen.written), graphs, None, first) for site in functional]
+    sites += [_complete(_with_obstacles(site, {}, {}, touched), graphs, None, first) for site in functional]
     found = Survey(type(model).__name__, tuple(sites), tuple(graphs.untraced), observed=run is not None)
     return found, seen.expected
 
@@ -100,7 +109,7 @@ class _Seen:
     """What the runs on the example input showed, in eval mode and, where anything can be converted, in train mode.
 
     Args:
-        written: kernels that were written to, with the reason to keep them.
+        written: kernels that were written to, or replaced with their module, with the reason to keep them.
     """
 
     run: Run | None = None
@@ -116,9 +125,11 @@ class _Seen:
 
 
 def _see(model: nn.Module, copied: nn.Module, example_inputs: ExampleInputs, modules: Sequence[Site]) -> _Seen:
+    before = convolutions(copied)
     seen = _Seen(observe(copied, Names(copied), example_inputs))
     assert seen.run is not None
     written = dict.fromkeys(written_kernels(model, copied), "its kernel is written to when the model runs")
+    written |= replaced_convolutions(before, copied, when="when the model runs")
     specs = [site.spec for site in modules if site.spec is not None and site.obstacle is None]
     if any(spec.groups == 1 and spec.in_channels > _STEM_CHANNELS and not spec.is_pointwise for spec in specs):
         why_not = None
@@ -129,7 +140,8 @@ def _see(model: nn.Module, copied: nn.Module, example_inputs: ExampleInputs, mod
         output = seen.in_training.output if seen.in_training is not None else None
         seen.expected = Expected(seen.run.output, output, why_not)
         reason = "its kernel is written to when the model runs in train mode"
-        written = dict.fromkeys(written_kernels(model, copied), reason) | written
+        in_training = replaced_convolutions(before, copied, when="when the model runs in train mode")
+        written = dict.fromkeys(written_kernels(model, copied), reason) | in_training | written
     seen.written = written
     return seen
 

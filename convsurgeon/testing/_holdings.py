@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from convsurgeon.surgery import named_leaves
 from convsurgeon.testing._checks import require
 
 _REGISTRIES = frozenset(vars(nn.Module()))
@@ -47,9 +48,8 @@ def plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield what a user hung on a module besides parameters, buffers and submodules; lists and dicts are entered."""
     for name, value in vars(module).items():
         if name not in _REGISTRIES:
-            leaves, _ = pytree.tree_flatten_with_path(value)
-            for path, leaf in leaves:
-                yield f"{name}{pytree.keystr(path)}", leaf
+            for path, leaf in named_leaves(value):
+                yield f"{name}{path}", leaf
 
 
 def hooks_of(module: nn.Module) -> dict[str, list[Any]]:
@@ -122,6 +122,8 @@ def _facts(where: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield f"the gradient of {where}", value.grad.clone() if value.is_leaf and value.grad is not None else None
     elif isinstance(value, torch.jit.ScriptModule):
         yield f"the state of {where}", (value.training, {k: v.clone() for k, v in value.state_dict().items()})
+    elif isinstance(value, torch.Generator):  # its pickle has other bytes every time
+        yield f"the state of {where}", value.get_state()
     elif isinstance(value, nn.Module):
         yield f"the class of {where}", type(value)
         yield f"the mode of {where}", value.training

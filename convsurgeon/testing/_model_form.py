@@ -18,7 +18,7 @@ from convsurgeon.ops import AbstractCheapConv, SamePadding
 from convsurgeon.surgery import in_mode, rewrite
 from convsurgeon.testing._checks import require
 from convsurgeon.testing._holdings import Witness, holdings, hooks_of, plain_attributes, same
-from convsurgeon.testing._model_law import ModelCase, model_law
+from convsurgeon.testing._model_law import ModelCase, donors, model_law, owns, taken_along
 from convsurgeon.testing._runs import copy_of, run
 
 # padding may be another by name for the same; the rest went into the kernel
@@ -93,6 +93,7 @@ def _state(model: nn.Module) -> list[tuple[str, Any]]:
 def model_law_sharing(case: ModelCase) -> None:
     """One object under several names stays one, also in lists and dicts; tied weights stay tied."""
     mine, theirs = _groups(case.model), _groups(case.student)
+    values = dict(holdings(case.model))
     group_of = {path: index for index, paths in enumerate(theirs) for path in paths}
     for paths in mine:
         there = [path for path in paths if path in group_of]
@@ -100,7 +101,9 @@ def model_law_sharing(case: ModelCase) -> None:
         split = {group_of[path] for path in there}
         require(len(split) <= 1, f"{' and '.join(there)} are one object in the model and {len(split)} in the student")
         sites = {decision.fqns for path in gone for decision in case.plan.converted if _is_of(path, decision.fqns)}
-        untied = gone and (there or len(sites) > 1)
+        # a parametrization without parameters went into every kernel, and nothing is lost
+        free = isinstance(values[paths[0]], nn.Module) and not any(True for _ in values[paths[0]].parameters())
+        untied = gone and (there or len(sites) > 1) and not (free and sites)
         left = " and ".join(there) or "none"
         require(not untied, f"{' and '.join(paths)} are one object, and the student has {left}")
     group_of = {path: index for index, paths in enumerate(mine) for path in paths}
@@ -177,28 +180,17 @@ def model_law_frozen(case: ModelCase) -> None:
             flag = parameter.requires_grad
             require(flag == mine[name].requires_grad, f"{name} has requires_grad={flag}, unlike the model's")
     for fqn, _, owner, op in case.converted():
-        weights = [p for p in _donors(fqn, owner) if p is not getattr(owner, "bias", None)]
-        expected = {"weight": any(p.requires_grad for p in weights)}
-        bias = owner._parameters.get("bias") if not _owns(fqn, owner) else None
+        besides = taken_along(fqn, owner, op)
+        weights = [p for p in donors(fqn, owner) if p is not getattr(owner, "bias", None)]
+        replaced = [p for p in weights if all(p is not other for other in besides.values())]
+        expected = {"weight": any(p.requires_grad for p in replaced)}
+        bias = owner._parameters.get("bias") if not owns(fqn, owner) else None
         expected["bias"] = bias.requires_grad if bias is not None else expected["weight"]
+        expected |= {name: tensor.requires_grad for name, tensor in besides.items()}
         for name, parameter in op.named_parameters():
-            kind = "bias" if parameter is op.bias else "weight"
+            kind = name if name in besides else "bias" if parameter is op.bias else "weight"
             message = f"{fqn}.{name} has requires_grad={parameter.requires_grad}, unlike the {kind} it replaced"
             require(parameter.requires_grad == expected[kind], message)
-
-
-def _owns(fqn: str, owner: nn.Module) -> bool:
-    """Whether the name is that of a tensor which the module owns, not of the module."""
-    name = fqn.rpartition(".")[2]
-    return name in owner._parameters or name in owner._buffers
-
-
-def _donors(fqn: str, owner: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that an op replaced: a kernel, or all of a module."""
-    if not _owns(fqn, owner):
-        return list(owner.parameters())
-    kernel = owner._parameters.get(fqn.rpartition(".")[2])
-    return [] if kernel is None else [kernel]
 
 
 @model_law
@@ -211,10 +203,12 @@ def model_law_tensors(case: ModelCase) -> None:
             require(mine == other, f"{name} is {other}, the model's {mine}")
     for fqn, _, owner, op in case.converted():
         # of a copy: a parametrized weight is computed, and some write to their buffers then
-        kernel = getattr(copy_of(owner), fqn.rpartition(".")[2] if _owns(fqn, owner) else "weight")
+        kernel = getattr(copy_of(owner), fqn.rpartition(".")[2] if owns(fqn, owner) else "weight")
         last = kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
         memory_format = torch.channels_last if last else torch.contiguous_format
         for name, value in op.state_dict().items():
+            if name in taken_along(fqn, owner, op):
+                continue
             dtype = value.dtype if value.is_floating_point() else kernel.dtype
             require(dtype == kernel.dtype, f"{fqn}.{name} is {dtype}, the kernel it replaced {kernel.dtype}")
             require(value.device == kernel.device, f"{fqn}.{name} is on {value.device}, the kernel on {kernel.device}")
@@ -229,7 +223,7 @@ def model_law_hooks(case: ModelCase) -> None:
     for fqn, _, copied in case.untouched():
         _require_hooks(fqn or "the root", hooks_of(copied), hooks_of(expected[fqn]))
     for fqn, _, owner, op in case.converted():
-        if not _owns(fqn, owner):
+        if not owns(fqn, owner):
             kinds = [kind for kind in hooks_of(owner) if "forward" in kind or "backward" in kind]
             kept = {kind: [h for h in hooks_of(owner)[kind] if not _writes_weights(h)] for kind in kinds}
             found = {kind: [h for h in hooks_of(op)[kind] if not isinstance(h, SamePadding)] for kind in kinds}
@@ -256,7 +250,7 @@ def model_law_attributes(case: ModelCase) -> None:
     """What was hung on a module besides weights is there, with equal values."""
     expected = dict(case.copy.named_modules(remove_duplicate=False))
     pairs = [(fqn, expected[fqn], copied, set[str]()) for fqn, _, copied in case.untouched()]
-    pairs += [(fqn, owner, op, _OF_A_CONVOLUTION) for fqn, _, owner, op in case.converted() if not _owns(fqn, owner)]
+    pairs += [(fqn, owner, op, _OF_A_CONVOLUTION) for fqn, _, owner, op in case.converted() if not owns(fqn, owner)]
     for fqn, module, copied, others in pairs:
         theirs = dict(plain_attributes(copied))
         for name, value in plain_attributes(module):

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from convsurgeon.errors import ConvSurgeonError, one_line
 from convsurgeon.ops import AbstractCheapConv
@@ -96,6 +96,27 @@ class ModelCase:
                 owner = mine.get(fqn, mine.get(fqn.rpartition(".")[0]))
                 if isinstance(op, AbstractCheapConv) and owner is not None:
                     yield fqn, decision, owner, op
+
+
+def owns(fqn: str, owner: nn.Module) -> bool:
+    """Whether the name is that of a tensor which the module owns, not of the module."""
+    name = fqn.rpartition(".")[2]
+    return name in owner._parameters or name in owner._buffers
+
+
+def donors(fqn: str, owner: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that an op replaced: a kernel, or all of a module."""
+    if not owns(fqn, owner):
+        return list(owner.parameters())
+    kernel = owner._parameters.get(fqn.rpartition(".")[2])
+    return [] if kernel is None else [kernel]
+
+
+def taken_along(fqn: str, owner: nn.Module, op: AbstractCheapConv) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a convolution besides weight and bias that its op has now."""
+    mine = {} if owns(fqn, owner) else {**dict(owner.named_parameters()), **dict(owner.named_buffers())}
+    theirs = {*dict(op.named_parameters()), *dict(op.named_buffers())}
+    return {name: tensor for name, tensor in mine.items() if name in theirs and name not in ("weight", "bias")}
 
 
 ModelLaw = Callable[[ModelCase], None]

@@ -1,0 +1,71 @@
+"""What a calibration came to, stage by stage and site by site."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How close the student is to the teacher on the images held out, after one stage.
+
+    Args:
+        name: `closed form`, `batch-norm statistics`, `fit`, `polish`.
+        agreement: the share (0..1) of images with the same highest score; None where answers are no scores.
+        error: squared difference of the answers over the teacher's squared answers.
+        seconds: that the stage took.
+        note: what was decided in it.
+        score: what the caller's judge said of the student then.
+    """
+
+    name: str
+    agreement: float | None
+    error: float
+    seconds: float
+    note: str = ""
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class SiteFit:
+    """What the fit did for one op: relative squared errors of its output, and the ridge chosen."""
+
+    fqn: str
+    before: float
+    after: float
+    ridge: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """The student, and what each stage was worth.
+
+    Args:
+        student: in eval mode.
+        stages: in the order in which they were done.
+        sites: one entry for each op that runs on the images.
+        images: how many were fitted and held out.
+        seconds: in all, without the judge's.
+        peak_memory: of the process until now, in bytes.
+    """
+
+    student: nn.Module
+    stages: tuple[Stage, ...]
+    sites: tuple[SiteFit, ...]
+    images: tuple[int, int]
+    seconds: float
+    peak_memory: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the student as plain JSON data."""
+        return {
+            "images": {"fitted": self.images[0], "held_out": self.images[1]},
+            "stages": [asdict(stage) for stage in self.stages],
+            "sites": [asdict(site) for site in self.sites],
+            "seconds": round(self.seconds, 1),
+            "peak_memory": self.peak_memory,
+        }
