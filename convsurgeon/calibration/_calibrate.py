@@ -115,8 +115,8 @@ class _Run:
         self.fits: list[SiteFit] = []
         self.started = self.stage_started = time.monotonic()
         self.judged = 0.0
-        self.wanted = answers_of(self.teacher, self.images.batches(held=True))
         self.sites, self.idle = sites_in_order(self.teacher, self.student, self.images.fitted[:2])
+        self.wanted = answers_of(self.teacher, self.images.batches(held=True))
 
     def closed_form(self) -> None:
         """Look at the student as it came."""

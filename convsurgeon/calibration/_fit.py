@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from convsurgeon.calibration._moments import AbstractMoments
 from convsurgeon.ops import AbstractCheapConv
 
-_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
-_ITERATIONS, _TRIAL_ITERATIONS = 200, 40
+_RIDGES = (1e-4, 1e-3, 1e-2)
+_ITERATIONS, _TRIAL_ITERATIONS = 150, 25
 _WORK = 3e12
 """Multiply-adds that the fit of one op may take; a large one gets fewer iterations."""
 _FEWEST = 10
@@ -82,7 +82,7 @@ def _minimise(op: AbstractCheapConv, donor_OF: Tensor, moments: AbstractMoments,
         max_iter=max(_FEWEST, min(iterations, int(_WORK / cost))),
         history_size=20,
         tolerance_grad=0,
-        tolerance_change=1e-12,
+        tolerance_change=1e-9,
         line_search_fn="strong_wolfe",
     )
 

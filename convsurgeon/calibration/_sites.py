@@ -50,16 +50,22 @@ def sites_in_order(teacher: nn.Module, student: nn.Module, sample: Tensor) -> tu
 
     handles = [op.register_forward_pre_hook(note) for op in ops]
     try:
-        with torch.no_grad():
-            student(sample)
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        shape = "x".join(map(str, sample.shape[1:]))
-        raise CalibrationError(f"the student cannot take images of {shape}: {one_line(error)}") from error
+        _run(student, sample, "student")
     finally:
         for handle in handles:
             handle.remove()
     found = [_site(teacher, ops[op], op, count) for op, count in calls.items()]
+    _run(teacher, sample, "teacher")
     return found, [fqn for op, fqn in ops.items() if op not in calls]
+
+
+def _run(network: nn.Module, sample: Tensor, who: str) -> None:
+    try:
+        with torch.no_grad():
+            network(sample)
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        shape = "x".join(map(str, sample.shape[1:]))
+        raise CalibrationError(f"the {who} cannot take images of {shape}: {one_line(error)}") from error
 
 
 def _site(teacher: nn.Module, fqn: str, op: AbstractCheapConv, calls: int) -> CalibrationSite:
