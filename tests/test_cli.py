@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from command import Program, installed, mynet
+from command import Program, installed, mynet, write_pictures
 from nets import assert_bit_identical
 from rich.console import Console
 from torch import nn
@@ -194,6 +194,19 @@ def refusals() -> dict[str, tuple[str, str]]:
         "output without a folder": (
             f"convert {named} -o no/where.pt",
             "cannot write no/where.pt: the folder no is not there; make it first",
+        ),
+        "calibration without data": (
+            f"convert {named} --size 32",
+            "--size is about images to calibrate with; say --calibrate DATA, too",
+        ),
+        "calibration data that is not": (
+            f"convert {named} --calibrate nowhere",
+            "unknown data set 'nowhere'. Available: cifar10, cifar100, digits, fashion-mnist, imagefolder:DIR, "
+            "package.module:factory.",
+        ),
+        "a polish of no time": (
+            f"convert {named} --calibrate digits --polish-minutes 0",
+            "--polish-minutes must be above 0, got 0; or say --no-polish",
         ),
         "no data": (f"evaluate {named}", which_data),
         "no data to learn from": (f"distill {named}", which_data),
@@ -462,6 +475,45 @@ class TestConvert:
         assert data["convolutions"]["macs_before"] == macs > data["convolutions"]["macs_after"]
         assert data["sites"]["conv2"]["macs_before"] == 16 * 16 * 9 * 64
         assert data["sites"]["conv2"]["macs_after"] == 16 * 16 * 64
+
+    @pytest.mark.parametrize("source", ["pictures", "imagefolder:pictures"])
+    def test_calibrated_on_a_folder_of_pictures(self, program: Program, source: str) -> None:
+        write_pictures(program.folder / "pictures")
+        look = ("--size", "16", "--calibrate", source, "--calibration-images", "40", "--polish-minutes", "0.02")
+        outcome = program("convert", "model.pt", *TRUST, *look).done()
+        assert "calibration: 32 images fitted, 8 held out" in outcome.out
+        assert "preprocessing: 16x16, rgb" in outcome.err
+        report = json.loads((program.folder / "model.depthwise.calibration.json").read_text())
+        assert [stage["name"] for stage in report["stages"]] == [
+            "closed form",
+            "batch-norm statistics",
+            "fit",
+            "polish",
+        ]
+        assert report["stages"][-1]["error"] < report["stages"][0]["error"]
+        assert [site["fqn"] for site in report["sites"]] == ["conv1", "conv2"]
+        student = cs.load(program.folder / "model.depthwise.pt", trust=True)
+        plain = program("convert", "model.pt", *TRUST, "-o", "plain.pt").done()
+        assert not torch.equal(
+            student.conv2.spatial.weight, cs.load(program.folder / "plain.pt", trust=True).conv2.spatial.weight
+        )
+        assert "calibration" not in plain.out
+
+    def test_calibration_as_json_without_polish(self, program: Program) -> None:
+        digit_reader(program.folder)
+        look = ("--calibrate", "digits", "--calibration-images", "50", "--no-polish", "--json")
+        data = program("convert", "reader.pt", *TRUST, *look).done().data
+        assert data["calibration"]["images"] == {"fitted": 40, "held_out": 10}
+        assert [stage["name"] for stage in data["calibration"]["stages"]][-1] == "fit"
+        written = json.loads((program.folder / data["calibration_file"]).read_text())
+        assert written == data["calibration"]
+
+    def test_a_calibration_that_fails_writes_nothing(self, program: Program) -> None:
+        write_pictures(program.folder / "few", each=2)
+        before = program.files()
+        outcome = program("convert", "model.pt", *TRUST, "--calibrate", "few", "--size", "16")
+        assert outcome.error == "calibration needs at least 10 images, got 6"
+        assert program.files() == before
 
     def test_existing_files_stay_without_force(self, program: Program) -> None:
         program("convert", "model.pt", *TRUST, "--to", "shift").done()

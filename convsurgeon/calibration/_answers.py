@@ -25,6 +25,10 @@ class Closeness:
     agreement: float | None
     error: float
 
+    def __str__(self) -> str:
+        agreement = "" if self.agreement is None else f"agrees on {100 * self.agreement:.1f} % of the images held out, "
+        return f"{agreement}squared error {self.error:.3g}"
+
     @property
     def rank(self) -> tuple[float, float]:
         """What is compared to tell which of two students is closer; more is closer."""

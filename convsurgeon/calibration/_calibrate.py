@@ -241,4 +241,4 @@ class _Run:
         self.judged += time.monotonic() - self.stage_started - seconds
         self.stage_started = time.monotonic()
         figures = {"error": found.error} | ({} if found.agreement is None else {"agreement": found.agreement})
-        self.report(Progress("calibrate", len(self.stages), None, figures, name))
+        self.report(Progress("calibrate", len(self.stages), None, figures, f"{name}: {found}"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ def polish(
             f"({step_seconds:.2g} s a step)",
         )
     )
-    polished, _ = run(steps, report)
+    polished, _ = run(steps, lambda event: _pass_on(event, report))
     for network in (student, polished):
         for name, flag in frozen.items():
             network.get_parameter(name).requires_grad_(flag)
@@ -123,6 +123,13 @@ def _thaw_ops(student: nn.Module) -> dict[str, bool]:
                 before[f"{fqn}.{name}".lstrip(".")] = parameter.requires_grad
                 parameter.requires_grad_(True)
     return before
+
+
+def _pass_on(event: Progress, report: Report) -> None:
+    """Report the steps as those of a polish; its passes over few images are nobody's epochs."""
+    if event.stage == "train":
+        figures = {name: value for name, value in event.figures.items() if not name.startswith("epoch")}
+        report(replace(event, stage="polish", figures=figures))
 
 
 def _minutes(seconds: float) -> str:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _PLAIN_WIDTH = 160
 _PLAIN_SECONDS = 10.0
+# of what a line is printed now and then where there is no terminal, and how a step of it is called
+_STEPS = {"train": "step", "fit": "fit of convolution", "polish": "step"}
 
 
 class _Console(Console):
@@ -88,9 +90,9 @@ class Drawing:
                 self._console.print(event.message, soft_wrap=True)
         elif self._bar is not None:
             self._move(self._bar, event)
-        elif event.stage == "train" and time.monotonic() - self._spoke >= _PLAIN_SECONDS:
+        elif event.stage in _STEPS and time.monotonic() - self._spoke >= _PLAIN_SECONDS:
             self._spoke = time.monotonic()
-            self._console.print(f"step {event.done}/{event.total}  {_note(event)}", soft_wrap=True)
+            self._console.print(f"{_STEPS[event.stage]} {event.done}/{event.total}  {_note(event)}", soft_wrap=True)
 
     def _move(self, bar: Bar, event: Progress) -> None:
         if event.stage not in self._tasks:
