@@ -438,6 +438,37 @@ class LosesAKey(Honest):
         return state
 
 
+@breaks("law_freeze", "freeze_for_export says nothing, but the output is off by up to")
+class FreezesInSilence(Honest):
+    def freeze_for_export(self):
+        self.spatial.weight.data.mul_(2)
+
+
+@breaks("law_freeze", "freeze_for_export changes more the second time: halved")
+class FreezesAgain(Honest):
+    def freeze_for_export(self):
+        self.spatial.weight.data.mul_(0.5)
+        return "halved"
+
+
+@breaks("law_freeze", "not one sentence")
+class FreezesAtLength(Honest):
+    def freeze_for_export(self):
+        return "no.\nnever."
+
+
+@breaks("law_freeze", "the output after freeze_for_export, against as_dense(), is off by up to")
+class FreezesOnlyTheOutput(Honest):
+    frozen = False
+
+    def freeze_for_export(self):
+        said, self.frozen = (None if self.frozen else "doubled"), True
+        return said
+
+    def forward(self, x):
+        return super().forward(x) * (2 if self.frozen else 1)
+
+
 @breaks("law_fx", "TraceError")
 class LooksAtTheData(Honest):
     def forward(self, x):

@@ -69,7 +69,7 @@ def test_no_perturbation_is_closer(op, spec, options):
             for parameter, value in zip(cheap.parameters(), start, strict=True):
                 noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
                 parameter.copy_(value + step * value.abs().max() * noise)
-            assert error_of(cheap, weight) >= best - 1e-12
+            assert error_of(cheap, weight) >= best - (1e-12 if op.is_closest(options) else 1e-3 * best)
 
 
 @each_optimum
@@ -77,17 +77,24 @@ def test_no_descent_from_anywhere_gets_closer(op, spec, options):
     weight = donor_of(spec).weight.detach()
     closed = op.from_conv(donor_of(spec), options)
     best = error_of(closed, weight).item()
-    found = [descend(op, spec, options, weight, seed) for seed in range(3)]
+    if not op.is_closest(options):
+        assert "local optimum" in inspect.getdoc(op.init_from)
+        assert descend(closed, weight) >= best * (1 - 1e-3)
+        return
+    found = [descend(random_op(op, spec, options, weight.dtype, seed), weight) for seed in range(3)]
     assert min(found) >= best * (1 - 1e-9) - 1e-12
     if not list(closed.buffers()):  # the descent can move all that the op has
         assert min(found) <= best * (1 + 1e-4) + 1e-9
 
 
-def descend(op, spec, options, weight, seed):
-    """Return the error that 200 steps of L-BFGS reach from a random start."""
+def random_op(op, spec, options, dtype, seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        cheap = op.build(spec, options, dtype=weight.dtype)
+        return op.build(spec, options, dtype=dtype)
+
+
+def descend(cheap, weight):
+    """Return the error that 200 steps of L-BFGS reach from where an op is."""
     parameters = [parameter for parameter in cheap.parameters() if parameter is not cheap.bias]
     optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-14)
 

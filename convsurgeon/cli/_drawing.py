@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from convsurgeon.delivery import Comparison
 
-_PLAIN_WIDTH = 160
+_PLAIN_WIDTH = 320
 _PLAIN_SECONDS = 10.0
 # of what a line is printed now and then where there is no terminal, and how a step of it is called
 _STEPS = {"train": "step", "fit": "fit of convolution", "polish": "step"}

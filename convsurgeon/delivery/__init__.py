@@ -6,6 +6,7 @@ files against one another; `session` opens one as both of them do.
 
 from convsurgeon.delivery._comparison import Comparison, Side, compare
 from convsurgeon.delivery._export import Delivery, export
+from convsurgeon.delivery._freeze import Frozen
 from convsurgeon.delivery._latency import Latency, measure_latency, ratio
 from convsurgeon.delivery._parity import Parity
 from convsurgeon.delivery._session import read_metadata, session
@@ -13,6 +14,7 @@ from convsurgeon.delivery._session import read_metadata, session
 __all__ = [
     "Comparison",
     "Delivery",
+    "Frozen",
     "Latency",
     "Parity",
     "Side",

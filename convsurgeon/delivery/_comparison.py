@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from convsurgeon.delivery._export import Delivery, export
+from convsurgeon.delivery._freeze import delivered_form
 from convsurgeon.delivery._latency import Latency, measure_latency
 from convsurgeon.evaluation import evaluate
 from convsurgeon.progress import Progress, Report, be_silent
@@ -78,7 +79,8 @@ def compare(
 ) -> Comparison:
     """Count, evaluate, export with parity, and time teacher and student.
 
-    Writes `teacher.onnx` and `student.onnx` into the folder.
+    Writes `teacher.onnx` and `student.onnx` into the folder. Accuracy and agreement are those of the
+    form that is delivered.
 
     Args:
         example: an input of batch 1.
@@ -109,7 +111,12 @@ def compare(
         score = None
         if test is not None:
             score = evaluate(
-                network, test, teacher=teacher, batch_size=batch_size, limit_batches=limit_batches, report=report
+                delivered_form(network),
+                test,
+                teacher=teacher,
+                batch_size=batch_size,
+                limit_batches=limit_batches,
+                report=report,
             )
         sides[side] = Side(
             params=count_params(network),

@@ -7,7 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch.utils import _pytree as pytree
 
 from convsurgeon.delivery._constants import fold_constants
 from convsurgeon.delivery._fold import count_unfolded, fold_batch_norms
+from convsurgeon.delivery._freeze import Frozen, freeze_ops, largest_change, ops_of
 from convsurgeon.delivery._inputs import ExampleInputs, Inputs, example_of, is_batched
 from convsurgeon.delivery._metadata import compose_metadata, write_metadata
-from convsurgeon.delivery._parity import Parity, check_parity, gather_images, named_outputs
+from convsurgeon.delivery._parity import Parity, check_parity, gather_images, named_outputs, trials
 from convsurgeon.delivery._session import session
 from convsurgeon.errors import ExportError, SurveyError, one_line
 from convsurgeon.files import refuse_to_overwrite, write_atomically
@@ -44,6 +45,8 @@ class Delivery:
         metadata: what the file says about itself.
         batch_norms_left: batch norms that directly follow a convolution; not 0 only where
             something else reads the convolution's output too, or its weights are computed.
+        frozen: what the ops' delivered form changed against the student, as learned offsets that were
+            rounded; PyTorch was compared in that form.
     """
 
     path: Path
@@ -52,6 +55,7 @@ class Delivery:
     parity: Parity
     metadata: Mapping[str, str]
     batch_norms_left: int
+    frozen: Frozen = field(default_factory=Frozen)
 
 
 def export(
@@ -69,6 +73,8 @@ def export(
 
     Works on a copy, on the CPU, in evaluation mode and float32. The file appears only after its
     outputs were compared on random inputs of two batch sizes and on the images, where given.
+    Ops that are delivered in another form than they were trained in, as shifts with learned
+    offsets, take it first; `frozen` of the result says what that changed.
 
     Args:
         student: the network; neither it nor its mode, device or dtype is changed.
@@ -106,6 +112,7 @@ def export(
         batch = gather_images(images) if images is not None else None
         inputs = example_of(model, example_inputs, images=batch)
         outputs = _call(model, inputs.resized(2))
+        frozen = _freeze(model, list(trials(inputs, batch))[-1].inputs.resized(8), report)
         say(1)
         proto = _to_onnx(model, inputs.resized(2), outputs)
         fold_batch_norms(proto)
@@ -122,7 +129,7 @@ def export(
         write_atomically(path, write_and_prove)
     say(4)
     opset = next(entry.version for entry in proto.opset_import if not entry.domain)
-    return Delivery(path, path.stat().st_size, opset, parity[0], entries, count_unfolded(proto))
+    return Delivery(path, path.stat().st_size, opset, parity[0], entries, count_unfolded(proto), frozen)
 
 
 def _portable(student: nn.Module) -> nn.Module:
@@ -154,6 +161,22 @@ def _call(model: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
     if not outputs:
         raise ExportError(f"{type(model).__name__} returns no tensor, so there is nothing to export")
     return outputs
+
+
+def _freeze(model: nn.Module, inputs: Inputs, report: Report) -> Frozen:
+    """Bring the ops into the form that is delivered, and tell what that changed."""
+    before = _call(model, inputs) if ops_of(model) else []
+    changes = freeze_ops(model)
+    if not changes:
+        return Frozen()
+    frozen = Frozen(changes, largest_change(before, _call(model, inputs)))
+    for name, change in changes.items():
+        report(Progress("export", 0, None, message=f"{name or type(model).__name__}: {change}"))
+    share = f"{100 * frozen.max_rel:.2g} % of the largest output"
+    report(
+        Progress("export", 0, None, message=f"this changes outputs by up to {share}; the file holds the changed form")
+    )
+    return frozen
 
 
 def _to_onnx(model: nn.Module, inputs: Inputs, outputs: list[tuple[str, Tensor]]) -> onnx.ModelProto:

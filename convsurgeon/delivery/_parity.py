@@ -79,7 +79,7 @@ def check_parity(
     """
     worst = (0.0, 0.0, 0.0)
     batches = set()
-    for trial in _trials(inputs, images):
+    for trial in trials(inputs, images):
         worst = _worse(worst, _compare(model, session, trial, tolerance))
         batches.add(trial.batch)
     absolute, relative, rounding = worst
@@ -124,7 +124,12 @@ def _label(key: Any) -> str:
     return str(key.key if isinstance(key, pytree.MappingKey) else getattr(key, "name", key))
 
 
-def _trials(inputs: Inputs, images: Tensor | None) -> Iterator[Trial]:
+def trials(inputs: Inputs, images: Tensor | None) -> Iterator[Trial]:
+    """Yield what both are run on: random inputs of two batch sizes, then the images where given.
+
+    Raises:
+        DataError: if the images do not fit the example.
+    """
     generator = torch.Generator().manual_seed(_SEED)
     for batch in _BATCHES:
         yield Trial("random inputs", batch, inputs.random(batch, generator))

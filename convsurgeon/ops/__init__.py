@@ -7,6 +7,7 @@ group `convsurgeon.ops`, through which other packages add theirs.
 from typing import TYPE_CHECKING, Any
 
 from convsurgeon.ops._base import TENSOR_METADATA, AbstractCheapConv
+from convsurgeon.ops._pointwise_spatial import AbstractPointwiseSpatial
 from convsurgeon.ops._registry import get, names, register
 from convsurgeon.ops._same_padding import SamePadding
 from convsurgeon.ops._spatial_pointwise import AbstractSpatialPointwise
@@ -14,6 +15,7 @@ from convsurgeon.ops._spatial_pointwise import AbstractSpatialPointwise
 __all__ = [
     "TENSOR_METADATA",
     "AbstractCheapConv",
+    "AbstractPointwiseSpatial",
     "AbstractSpatialPointwise",
     "SamePadding",
     "get",

@@ -36,8 +36,9 @@ class AbstractCheapConv(nn.Module, ABC):
     A subclass is final. It says how it is built, what it costs, why it cannot replace a given
     convolution, and how it starts from the dense kernel; `from_conv` is written here, once.
 
-    Hooks with a default that a subclass may replace: `fit_options`, `one_hot_macs`. Everything
-    else that is implemented here stays as it is. `convsurgeon.testing` holds the laws.
+    Hooks with a default that a subclass may replace: `fit_options`, `one_hot_macs`, `is_closest`,
+    `freeze_for_export`. Everything else that is implemented here stays as it is.
+    `convsurgeon.testing` holds the laws.
     """
 
     name: ClassVar[str]
@@ -103,6 +104,22 @@ class AbstractCheapConv(nn.Module, ABC):
     def one_hot_macs(cls, spec: ConvSpec, height: int, width: int, options: Any = None) -> int:
         """Return the multiply-adds a counter sees in frozen one-hot kernels, which only move data."""
         return 0
+
+    @classmethod
+    def is_closest(cls, options: Any) -> bool:
+        """Whether `init_from` finds the closest kernel of all (Frobenius norm), not only closer than near ones.
+
+        Either way a kernel that the op can represent is reproduced exactly. Where this is False,
+        the docstring of `init_from` says what is found instead.
+        """
+        return True
+
+    def freeze_for_export(self) -> str | None:
+        """Take the form that is delivered, in place; return what that changed as a sentence, or None.
+
+        `delivery.export` calls it on its copy of a student, before it traces.
+        """
+        return None
 
     @property
     def bias(self) -> Tensor | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from convsurgeon.errors import OptionError
+from convsurgeon.errors import OptionError, UnsupportedConvError
 
 Rank = int | float | str
 """`16` is a number of components; `0.25` a share of as many as make the kernel exact; `"90%"` as many as
@@ -56,6 +56,17 @@ def rank_not_known(rank: Rank) -> str | None:
     if isinstance(rank, int):
         return None
     return f"rank={rank} is a share of the trained kernel's energy, and there are no weights; give a number or a ratio"
+
+
+def known_rank(rank: Rank) -> int:
+    """Return a fitted rank as the number it must be by now.
+
+    Raises:
+        UnsupportedConvError: if it is a share of the energy of a kernel that was not given.
+    """
+    if not isinstance(rank, int):
+        raise UnsupportedConvError(rank_not_known(rank) or f"rank={rank} is no number")
+    return rank
 
 
 def _percent(rank: Any) -> float | None:

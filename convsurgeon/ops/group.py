@@ -7,8 +7,8 @@ from typing import Any, ClassVar, final
 
 from torch import Tensor
 
-from convsurgeon.errors import OptionError
 from convsurgeon.factorization import low_rank
+from convsurgeon.ops._groups import check_groups, largest_divisor
 from convsurgeon.ops._registry import register
 from convsurgeon.ops._spatial_pointwise import AbstractSpatialPointwise
 from convsurgeon.spec import ConvSpec
@@ -55,8 +55,7 @@ class GroupConv2d(AbstractSpatialPointwise):
         groups: int = 8
 
         def __post_init__(self) -> None:
-            if self.groups < 2:
-                raise OptionError(f"group: option groups must be at least 2, got {self.groups}")
+            check_groups(self.groups, "group")
 
     @classmethod
     def fit_options(cls, spec: ConvSpec, options: Any, weight: Tensor | None = None) -> Any:
@@ -67,7 +66,7 @@ class GroupConv2d(AbstractSpatialPointwise):
     @classmethod
     def spatial_groups(cls, spec: ConvSpec, options: Any) -> int:
         """Return the largest divisor of the input channels that is at most `groups`."""
-        return max(g for g in range(1, min(options.groups, spec.in_channels) + 1) if spec.in_channels % g == 0)
+        return largest_divisor(spec.in_channels, options.groups)
 
     def init_from(self, weight: Tensor, bias: Tensor | None) -> None:
         """Fit both parts to a dense kernel, group by group.

@@ -81,7 +81,7 @@ def rewrite(
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
         >>> print(rewrite(net, "depthwise")[2])
         DepthwiseConv2d(
-          8→8, 3x3, stride_on=spatial
+          8→8, 3x3, stride_on=spatial, rank=1
           (spatial): Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), groups=8, bias=False)
           (pointwise): Conv2d(8, 8, kernel_size=(1, 1), stride=(1, 1))
         )

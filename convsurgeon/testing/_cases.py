@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Op = type[AbstractCheapConv]
 Case = tuple[ConvSpec, Any]
 Choose = Callable[[Sequence[Any]], Any]
+_SMALL: dict[type, tuple[Any, ...]] = {bool: (False, True), int: (1, 2, 3, 4, 6), float: (0.25, 0.5, 1.0)}
 
 
 def sample_cases(op: Op, *, count: int = 6, seed: int = 0) -> list[Case]:
@@ -112,14 +113,12 @@ def _draw_case(op: Op, choose: Choose) -> Case:
 
 
 def _candidates(op: Op, name: str, hint: Any, default: Any) -> list[Any]:
-    """Return the values to try for an option: all choices, both truths, small integers, or the default."""
-    values: Sequence[Any] = (default,)
+    """Return the values to try for an option: all choices, both truths, small numbers, shares, or the default."""
     if typing.get_origin(hint) is typing.Literal:
-        values = typing.get_args(hint)
-    elif hint is bool:
-        values = (False, True)
-    elif hint is int:
-        values = (default, 1, 2, 3, 4, 6)
+        return [value for value in typing.get_args(hint) if _takes(op, name, value)]
+    values = [default]
+    for kind in typing.get_args(hint) or (hint,):  # of a rank, int | float | str
+        values += _SMALL.get(kind, ())
     return [value for value in values if _takes(op, name, value)]
 
 

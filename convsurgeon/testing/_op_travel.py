@@ -97,6 +97,20 @@ def law_state_dict(op: Op, spec: ConvSpec, options: Any) -> None:
     require_close(fresh(image), cheap(image), "the output after a state-dict round trip")
 
 
+@op_law
+def law_freeze(op: Op, spec: ConvSpec, options: Any) -> None:
+    """`freeze_for_export` says in one line what it changes, changes it once, and leaves what equals `as_dense()`."""
+    cheap, image = op.from_conv(make_donor(spec), options), make_image(spec)
+    before = cheap(image)
+    said = cheap.freeze_for_export()
+    if said is None:
+        require_close(cheap(image), before, "freeze_for_export says nothing, but the output")
+    require(said is None or len(said.splitlines()) == 1, f"freeze_for_export says {said!r}, not one sentence")
+    again = cheap.freeze_for_export()
+    require(again is None, f"freeze_for_export changes more the second time: {again}")
+    require_close(cheap(image), dense_of(cheap, spec)(image), "the output after freeze_for_export, against as_dense(),")
+
+
 class _Leafless(torch.fx.Tracer):
     """A tracer that goes into every module."""
 
