@@ -345,3 +345,30 @@ def _wider() -> nn.Module:
     net = tiny()
     net.conv2 = conv(8, 16)
     return net
+
+
+def test_shifts_are_chosen_by_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where neighbouring pixels are alike the strongest taps are not the best ones."""
+    torch.manual_seed(0)
+    donor = nn.Conv2d(6, 8, 3, bias=False)
+    images = nn.functional.avg_pool2d(torch.randn(40, 6, 24, 24), 5, stride=1, padding=2)
+    patches = nn.functional.unfold(images, 3).mT.flatten(0, 1)
+    outputs = patches @ donor.weight.detach().flatten(1).mT
+    fitted, held = (Gram(54, 8, torch.device("cpu")) for _ in range(2))
+    fitted.add(patches[:8000], outputs[:8000])
+    held.add(patches[8000:10_000], outputs[8000:10_000])
+
+    def error_and_taps(assignment: str) -> tuple[float, Tensor, Tensor]:
+        op = ops.get("shift").from_conv(donor, {"assignment": assignment})
+        before = op.taps.clone()
+        return fit_op(op, donor.weight.detach().flatten(1), fitted, held).after, before, op.taps
+
+    for assignment in ("balanced", "fixed"):
+        _, before, after = error_and_taps(assignment)
+        assert torch.equal(before, after)
+    by_data, before, after = error_and_taps("energy")
+    assert not torch.equal(before, after)
+    monkeypatch.setattr(ops.get("shift"), "choose_by_data", lambda op, gram, cross: None)
+    by_kernel, before, after = error_and_taps("energy")
+    assert torch.equal(before, after)
+    assert by_data < 0.97 * by_kernel

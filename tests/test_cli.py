@@ -88,7 +88,7 @@ class TestHelp:
 def refusals() -> dict[str, tuple[str, str]]:
     """Mistakes by a short name: what was typed, and the line that must come, whole."""
     known, named = ", ".join(ops.names()), "mynet:Net"
-    plan_alone = "--plan is carried out as it is; leave out --to, --keep, --only, --map and --option"
+    plan_alone = "--plan is carried out as it is; leave out --to, --keep, --only, --map, --pointwise and --option"
     which_data = (
         "which data? Say --data with one of cifar10, cifar100, digits, fashion-mnist, imagefolder:DIR or "
         "package.module:factory"
@@ -121,7 +121,7 @@ def refusals() -> dict[str, tuple[str, str]]:
         ),
         "ambiguous option": (
             f"convert {named} --to shift --map conv1=group --option groups=2",
-            "option 'groups' is ambiguous among shift, group; say which op it is for: shift.groups",
+            "option 'groups' is ambiguous among shift, group; say which op it is for: group.groups",
         ),
         "shape in words": (f"convert {named} --input-shape large", f"{shape} 'large'"),
         "shape of nothing": (f"inspect {named} --input-shape 1,3,0,16", f"{shape} '1,3,0,16'"),
@@ -384,6 +384,30 @@ class TestConvert:
             "ShiftConv2d",
             "Conv2d",
         ]
+
+    def test_only_1x1_convolutions(self, program: Program) -> None:
+        flags = ("--to", "none", "--pointwise", "lowrank", "--option", "rank=2", *SHAPE)
+        data = program("convert", "mynet:Net", *flags, "--json").done().data
+        assert {row["fqns"][0]: row["op"] for row in data["plan"]["decisions"]} == {
+            "stem": None,
+            "conv1": None,
+            "conv2": None,
+            "point": "lowrank",
+        }
+        assert data["student"] == "Net.lowrank.safetensors"
+        both = program("convert", "mynet:Net", "--pointwise", "lowrank", *SHAPE, "--dry-run", "--json").done().data
+        assert [row["op"] for row in both["plan"]["decisions"]] == [None, "depthwise", "depthwise", "lowrank"]
+
+    @pytest.mark.parametrize(
+        ("flags", "line"),
+        [
+            (("--pointwise", "shift"), "--pointwise 'shift': it needs a spatial kernel, not 1x1. Ops for 1x1 "),
+            (("--pointwise", "lowrnk"), "unknown op 'lowrnk'. Did you mean 'lowrank'?"),
+            (("--to", "none"), "--to none converts nothing by itself; say --pointwise OP or --map PATTERN=OP, too"),
+        ],
+    )
+    def test_what_is_no_op_for_1x1_is_said_in_a_line(self, program: Program, flags: tuple[str, ...], line: str) -> None:
+        assert program("convert", "mynet:Net", *flags).error.startswith(line)
 
     def test_without_shape_it_says_so_and_names_no_macs(self, program: Program) -> None:
         outcome = program("convert", "model.pt", *TRUST).done()

@@ -285,8 +285,8 @@ class TestRefusals:
 
     def test_converted_student_is_not_converted(self, program: Program) -> None:
         program("convert", *READER, "--to", "shift").done()
-        line = "the student is converted already; leave out --to, --keep, --only, --map and --option"
-        for args in (("--to", "shift"), ("--keep", "stem"), ("--option", "groups=2")):
+        line = "the student is converted already; leave out --to, --keep, --only, --map, --pointwise and --option"
+        for args in (("--to", "shift"), ("--keep", "stem"), ("--pointwise", "lowrank"), ("--option", "groups=2")):
             assert program("distill", *READER, *DIGITS, "Net.shift.safetensors", *args, "-o", "RUN").error == line
 
     def test_student_of_another_network(self, program: Program) -> None:

@@ -489,11 +489,18 @@ class LargestDouble(TorchDispatchMode):
 @pytest.mark.parametrize("name", ops.names())
 def test_no_float64_copy_of_a_large_kernel_is_made(name, monkeypatch):
     monkeypatch.setattr(_blocks, "BLOCK", 2000)
-    donor = make_donor(ConvSpec(64, 64, (3, 3))).float()
+    # one long axis: a kernel separated along its axes is a matrix with `O` times one and `I` times the other
+    donor = make_donor(ConvSpec(64, 64, (1, 9))).float()
     with LargestDouble() as seen:
         ops.get(name).from_conv(donor)
     # a block, or one matrix of squares where that is more
-    assert 0 < seen.numbers <= 64 * 64 < donor.weight.numel() / 8
+    assert seen.numbers <= 64 * 64 < donor.weight.numel() / 8
+
+
+def test_a_float64_copy_would_be_seen():
+    with LargestDouble() as seen:
+        random(3, 4).float().double()
+    assert seen.numbers == 12
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9, 0.999, 1.0])

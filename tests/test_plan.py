@@ -104,6 +104,96 @@ def test_mapping_overrides_the_default_keeps() -> None:
     assert decided(found)["conv1"] == "depthwise"
 
 
+class Pointwise(nn.Module):
+    """Mostly 1x1: a stem, what `pointwise` is for, a grouped one, one too narrow to gain, and a 3x3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1, stride=2, padding=1)
+        self.grouped, self.narrow = nn.Conv2d(16, 16, 1, groups=4), nn.Conv2d(16, 1, 1)
+        self.spatial = conv(1, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.spatial(self.narrow(self.grouped(self.wide(self.stem(x)))))
+
+
+def test_pointwise_converts_the_1x1_ones_besides() -> None:
+    found = plan(Pointwise(), pointwise="lowrank")
+    assert decided(found) == {
+        "stem": None,
+        "wide": "lowrank",
+        "grouped": None,
+        "narrow": None,
+        "spatial": "depthwise",
+    }
+    said = reasons(found)
+    assert said["stem"].startswith("it is the stem")
+    assert said["wide"] == "2.0x fewer MACs; rank=4 for 0.25"
+    assert said["grouped"] == "it is cheap already: grouped (groups=4)"
+    assert said["narrow"] == "lowrank would cost 1.06x the MACs of the dense convolution"
+    assert found.tag == "depthwise-lowrank"
+    student = cs.rewrite(Pointwise(), pointwise="lowrank", example_inputs=X3)
+    assert cs.plan_of(student) == found
+    with pytest.raises(cs.errors.PlanError, match="carried out as it is"):
+        cs.rewrite(Pointwise(), found, pointwise="lowrank")
+
+
+def test_only_the_1x1_ones() -> None:
+    found = plan(Pointwise(), "none", pointwise="lowrank")
+    assert [name for name, op in decided(found).items() if op] == ["wide"]
+    assert reasons(found)["spatial"] == "kept by --to none"
+
+
+def test_none_leaves_all_but_what_is_mapped() -> None:
+    found = plan(Small(), "none", mapping={"conv2": "shift"})
+    assert [name for name, op in decided(found).items() if op] == ["conv2"]
+    assert reasons(found)["shortcut"] == "it is cheap already: 1x1"
+
+
+def test_keep_only_and_mapping_go_before_pointwise() -> None:
+    model = nn.Sequential(*(nn.Conv2d(16, 16, 1) for _ in range(4)))
+    found = plan(model, pointwise="lowrank", keep="0", mapping={"[01]": "lowrank"}, only="[012]")
+    assert decided(found) == {"0": None, "1": "lowrank", "2": "lowrank", "3": None}
+    refused = plan(model, pointwise="lowrank", mapping={"2": "shift"})
+    assert reasons(refused)["2"] == "shift: needs a spatial kernel, not 1x1"
+
+
+def test_options_beside_pointwise() -> None:
+    model = nn.Sequential(conv(8, 16), nn.Conv2d(16, 16, 1))
+    for options in ({"lowrank.rank": 0.5}, ops.get("lowrank").parse_options({"rank": 0.5})):
+        assert plan(model, pointwise="lowrank", options=options).decisions[1].options == {"rank": 8}
+    both = plan(model, "lowrank", pointwise="lowrank", options={"rank": 2})
+    assert [decision.options for decision in both.decisions] == [{"rank": 2}, {"rank": 2}]
+    with pytest.raises(cs.errors.OptionError, match=r"say which op it is for: group\.groups"):
+        plan(model, "group", pointwise="lowrank", options={"groups": 2})
+    energy = plan(model, pointwise="lowrank", options={"lowrank.rank": "10%"}).decisions[1]
+    assert energy.reason.endswith("rank=1 for 10%")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"pointwise": "shift"},
+            cs.errors.SelectorError,
+            "--pointwise 'shift': it needs a spatial kernel, not 1x1.",
+        ),
+        ({"pointwise": "lowrnk"}, cs.errors.UnknownNameError, "Did you mean 'lowrank'?"),
+        ({"to": "none"}, cs.errors.SelectorError, "--to none converts nothing by itself; say --pointwise OP or --map"),
+        (
+            {"to": "none", "pointwise": "lowrank", "keep": "wide"},
+            cs.errors.NothingToConvertError,
+            "0 of 5 convolutions of Pointwise can become 'lowrank'",
+        ),
+    ],
+)
+def test_what_pointwise_cannot_be_is_said(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        plan(Pointwise(), **arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_last_mapping_that_matches_wins() -> None:
     assert decided(plan(Small(), mapping={"conv*": "shift", "conv1": "group"}))["conv1"] == "group"
     assert decided(plan(Small(), mapping={"conv1": "group", "conv*": "shift"}))["conv1"] == "shift"
@@ -210,7 +300,7 @@ def test_options_address_one_op_of_several() -> None:
     by_name = {decision.fqn: decision.options for decision in found.converted}
     assert by_name["last"]["groups"] == 4
     assert by_name["conv1"]["assignment"] == "fixed"
-    with pytest.raises(cs.errors.OptionError, match=r"'groups' is ambiguous among shift, group; .*shift\.gr"):
+    with pytest.raises(cs.errors.OptionError, match=r"'groups' is ambiguous among shift, group; .*group\.gr"):
         plan(Small(), "shift", mapping=mapping, options={"groups": 4})
     with pytest.raises(cs.errors.OptionError, match=r"for op 'bsconv', which is not in use: shift, group"):
         plan(Small(), "shift", mapping=mapping, options={"bsconv.x": 4})

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from convsurgeon.calibration._moments import AbstractMoments
+from convsurgeon.calibration._moments import AbstractMoments, Gram
 from convsurgeon.ops import AbstractCheapConv
 
 _RIDGES = (1e-4, 1e-3, 1e-2)
+_CHOICE_RIDGE = 1e-3
 _ITERATIONS, _TRIAL_ITERATIONS = 150, 25
 _WORK = 3e12
 """Multiply-adds that the fit of one op may take; a large one gets fewer iterations."""
@@ -48,8 +49,12 @@ def fit_op(op: AbstractCheapConv, donor_OF: Tensor, fitted: AbstractMoments, hel
     everything = fitted.merged(held)  # type: ignore[attr-defined]
     start = _error_of(op, everything)
     worker = copy.deepcopy(op).double().requires_grad_(True)
-    initial = copy.deepcopy(worker.state_dict())
     donor = donor_OF.double()
+    if isinstance(everything, Gram):
+        strength = _CHOICE_RIDGE * everything.feature_energy
+        noise_FF = strength * torch.eye(len(everything.gram_FF), dtype=torch.float64, device=donor.device)
+        worker.choose_by_data(everything.gram_FF + noise_FF, everything.cross_OF + strength * donor)
+    initial = copy.deepcopy(worker.state_dict())
     trials = []
     for ridge in _RIDGES:
         worker.load_state_dict(initial)

@@ -32,7 +32,16 @@ InputShape = Annotated[
 ]
 To = Annotated[str, typer.Option("--to", metavar="OP", help="What convolutions become; see `convsurgeon ops`.")]
 ToOrDefault = Annotated[
-    str | None, typer.Option("--to", metavar="OP", help="What convolutions become, depthwise if nothing is said.")
+    str | None,
+    typer.Option(
+        "--to",
+        metavar="OP",
+        help="What convolutions become, depthwise if nothing is said; none leaves all but --pointwise and --map.",
+    ),
+]
+Pointwise = Annotated[
+    str | None,
+    typer.Option("--pointwise", metavar="OP", help="What 1x1 convolutions become, which are kept otherwise: lowrank."),
 ]
 Keep = Annotated[
     list[str] | None,

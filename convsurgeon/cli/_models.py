@@ -51,15 +51,30 @@ def trusted(source: str, trust_module: list[str] | None) -> list[str]:
 
 
 def selectors(
-    keep: list[str] | None, only: list[str] | None, mapping: list[str] | None, option: list[str] | None
+    keep: list[str] | None,
+    only: list[str] | None,
+    mapping: list[str] | None,
+    pointwise: str | None,
+    option: list[str] | None,
 ) -> dict[str, Any]:
     """Return the keyword arguments of `plan` that the flags stand for."""
     return {
         "keep": keep or (),
         "only": only or (),
         "mapping": _in_order(mapping or []),
+        "pointwise": pointwise,
         "options": parse_pairs(option or [], flag="--option") or None,
     }
+
+
+def check_ops(*names: str | None) -> None:
+    """Raise an `UnknownNameError` for an op that does not exist, before a large model is loaded."""
+    from convsurgeon import ops
+    from convsurgeon.surgery import NO_OP
+
+    for name in names:
+        if name is not None and name != NO_OP:
+            ops.get(name)
 
 
 def _in_order(items: list[str]) -> dict[str, str]:

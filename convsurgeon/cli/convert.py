@@ -24,6 +24,7 @@ def run(
     keep: arguments.Keep = None,
     only: arguments.Only = None,
     mapping: arguments.Map = None,
+    pointwise: arguments.Pointwise = None,
     option: arguments.Option = None,
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Carry out this plan instead.")] = None,
     output: Annotated[
@@ -57,27 +58,29 @@ def run(
     json: arguments.Json = False,
 ) -> None:
     """Replace standard convolutions by cheap ones, started from the dense weights, and write the student."""
-    from convsurgeon import ops
     from convsurgeon.cli._calibrating import CalibrationRequest, draw, write_report
-    from convsurgeon.cli._models import example_for, load_model, read_plan, selectors, set_threads
+    from convsurgeon.cli._models import check_ops, example_for, load_model, read_plan, selectors, set_threads
     from convsurgeon.files import refuse_to_overwrite, write_atomically
     from convsurgeon.storage import default_output, save
     from convsurgeon.surgery import plan as make_plan
     from convsurgeon.surgery import rewrite, survey
 
-    if plan is not None and any((to, keep, only, mapping, option)):
-        raise OptionError("--plan is carried out as it is; leave out --to, --keep, --only, --map and --option")
+    if plan is not None and any((to, keep, only, mapping, pointwise, option)):
+        raise OptionError(
+            "--plan is carried out as it is; leave out --to, --keep, --only, --map, --pointwise and --option"
+        )
     calibration = CalibrationRequest(
         calibrate, calibration_images, polish, polish_minutes, data_root, size, mean, std, color, seed
     )
     calibration.check()
     set_threads(threads)
     ready = read_plan(plan) if plan is not None else None
-    ops.get(to or DEFAULT_OP)  # a name that does not exist is told before a large model is loaded
+    check_ops(to, pointwise)
     network = load_model(model, weights=weights, model_arg=model_arg, trust=trust, trust_module=trust_module)
     example = example_for(network, input_shape)
     found = survey(network, example_inputs=example)
-    the_plan = ready or make_plan(network, to or DEFAULT_OP, found=found, **selectors(keep, only, mapping, option))
+    choice = selectors(keep, only, mapping, pointwise, option)
+    the_plan = ready or make_plan(network, to or DEFAULT_OP, found=found, **choice)
     target = output or default_output(network, model, the_plan.tag)
     plan_file = target.parent / f"{target.stem}.plan.json"
     report_file = target.parent / f"{target.stem}.calibration.json"

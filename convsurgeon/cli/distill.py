@@ -28,6 +28,7 @@ def run(
     keep: arguments.Keep = None,
     only: arguments.Only = None,
     mapping: arguments.Map = None,
+    pointwise: arguments.Pointwise = None,
     option: arguments.Option = None,
     data: arguments.Data = None,
     data_root: arguments.DataRoot = None,
@@ -82,7 +83,8 @@ def run(
             raise OptionError("distill needs a TEACHER, such as torchvision:resnet18, or --resume RUN")
         if student is None:
             said["to"] = to or arguments.DEFAULT_OP
-        folder = output or Path("runs") / f"{file_stem(teacher)}.{said['to'] or file_stem(str(student))}.{method}"
+        made = file_stem(student) if student else "-".join(filter(None, (said["to"], pointwise)))
+        folder = output or Path("runs") / f"{file_stem(teacher)}.{made}.{method}"
         if any((folder / name).exists() for name in (_COMMAND, _CONFIG)):
             raise DistillationError(
                 f"{folder} holds a run already; go on with it by --resume {folder}, or choose another folder with -o"
@@ -105,8 +107,8 @@ def run(
 
 # what decides the run, and is remembered in the run folder
 _SAID = (
-    "teacher", "student", "to", "keep", "only", "mapping", "option", "data", "data_root", "size", "mean", "std",
-    "color", "val_fraction", "method", "method_option", "objective", "objective_option", "epochs", "batch_size",
+    "teacher", "student", "to", "keep", "only", "mapping", "pointwise", "option", "data", "data_root", "size", "mean",
+    "std", "color", "val_fraction", "method", "method_option", "objective", "objective_option", "epochs", "batch_size",
     "learning_rate", "weight_decay", "seed", "augment", "device", "precision", "threads", "limit_batches",
     "tensorboard", "weights", "model_arg", "trust", "trust_module",
 )  # fmt: skip
@@ -150,13 +152,12 @@ class _Prepared:
     def __init__(self, said: dict[str, Any]) -> None:
         import torch
 
-        from convsurgeon import ops
-        from convsurgeon.cli._models import load_model, load_splits, trusted
+        from convsurgeon.cli._models import check_ops, load_model, load_splits, trusted
         from convsurgeon.distillation import methods
         from convsurgeon.preprocessing import preprocessing_of
 
         self.said = said
-        ops.get(said["to"] or arguments.DEFAULT_OP)  # told before a large model is loaded
+        check_ops(said["to"], said["pointwise"])
         methods.get(said["method"])
         torch.manual_seed(said["seed"])  # random weights are the same when the run is resumed
         trust = {"trust": said["trust"], "trust_module": said["trust_module"]}
@@ -173,11 +174,13 @@ class _Prepared:
         from convsurgeon.surgery import rewrite
 
         said = self.said
-        choice = selectors(said["keep"], said["only"], said["mapping"], said["option"])
+        choice = selectors(*(said[key] for key in ("keep", "only", "mapping", "pointwise", "option")))
         if said["student"] is None:
             return rewrite(self.teacher, said["to"], **choice)
         if said["to"] or any(choice.values()):
-            raise OptionError("the student is converted already; leave out --to, --keep, --only, --map and --option")
+            raise OptionError(
+                "the student is converted already; leave out --to, --keep, --only, --map, --pointwise and --option"
+            )
         return load_model(said["student"], trust=said["trust"], trust_module=admitted)
 
     def _example(self) -> Any:

@@ -93,7 +93,7 @@ def _draw(found: Survey, rows: list[dict[str, Any]]) -> None:
         offers = ["–" if ratio is None else fewer(ratio, 1) for ratio in row["ops"].values()]
         names = "\n= ".join(fqn or "(root)" for fqn in row["fqns"])
         table.add_row(names, row["geometry"], *figures, *offers, row["kept_because"] or "")
-    console().print(table)
+    console(wide=True).print(table)
     if found.macs is not None:
         tell(f"all convolutions: {big(found.macs)} MACs for one image")
     else:

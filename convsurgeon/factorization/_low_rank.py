@@ -60,15 +60,25 @@ def low_rank(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _leading(gram_Bnn: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Return the first eigenvectors of Gram matrices, and the square roots of the singular values they belong to."""
+    values_Bk, basis_Bnk = leading_vectors(gram_Bnn, kept)
+    root_Bk = values_Bk.sqrt().sqrt()
+    largest_B1 = torch.where(root_Bk[:, :1] > 0, root_Bk[:, :1], 1.0)
+    return basis_Bnk, torch.where(root_Bk > _FAINT * largest_B1, root_Bk, largest_B1)
+
+
+def leading_vectors(gram_Bnn: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Return the largest eigenvalues of Gram matrices, `(B, kept)`, and their eigenvectors with settled signs.
+
+    Raises:
+        UnsupportedConvError: if a number is NaN or infinite.
+    """
     refuse_unless_finite(gram_Bnn.diagonal(dim1=-2, dim2=-1))
     values_Bn, vectors_Bnn = torch.linalg.eigh(gram_Bnn)
     basis_Bnk = vectors_Bnn[..., -kept:].flip(-1)
     magnitudes = basis_Bnk.abs()
     decisive = (magnitudes >= _NEARLY * magnitudes.amax(dim=1, keepdim=True)).int().argmax(dim=1, keepdim=True)
     basis_Bnk *= basis_Bnk.gather(1, decisive).sign()
-    root_Bk = values_Bn[..., -kept:].flip(-1).clamp_min(0).sqrt().sqrt()
-    largest_B1 = torch.where(root_Bk[:, :1] > 0, root_Bk[:, :1], 1.0)
-    return basis_Bnk, torch.where(root_Bk > _FAINT * largest_B1, root_Bk, largest_B1)
+    return values_Bn[..., -kept:].flip(-1).clamp_min(0), basis_Bnk
 
 
 def _spare(count: int, columns: int, size_B: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class AbstractCheapConv(nn.Module, ABC):
     convolution, and how it starts from the dense kernel; `from_conv` is written here, once.
 
     Hooks with a default that a subclass may replace: `fit_options`, `one_hot_macs`, `is_closest`,
-    `freeze_for_export`. Everything else that is implemented here stays as it is.
+    `choose_by_data`, `freeze_for_export`. Everything else that is implemented here stays as it is.
     `convsurgeon.testing` holds the laws.
     """
 
@@ -48,7 +48,7 @@ class AbstractCheapConv(nn.Module, ABC):
     reference: ClassVar[str]
     """The paper: authors, year, arXiv id."""
     last: ClassVar[str]
-    """The submodule whose output is the op's output; it carries the bias."""
+    """The submodule that carries the bias; its output is the op's output, or one of those that are added up to it."""
 
     @dataclasses.dataclass(frozen=True)
     class Options:
@@ -113,6 +113,17 @@ class AbstractCheapConv(nn.Module, ABC):
         the docstring of `init_from` says what is found instead.
         """
         return True
+
+    def choose_by_data(self, gram: Tensor, cross: Tensor) -> None:
+        """Choose what no gradient reaches, such as whole shifts, by data instead of by the kernel, in place.
+
+        `calibrate` calls it before it fits the parameters. A hook; nothing by default.
+
+        Args:
+            gram: second moments ``sum x xᵀ`` `(F, F)` of the patches that the op reads, `F = I * kh * kw`, float64.
+            cross: ``sum y xᵀ`` `(O, F)` with the outputs wanted of it, less the bias.
+        """
+        return
 
     def freeze_for_export(self) -> str | None:
         """Take the form that is delivered, in place; return what that changed as a sentence, or None.
@@ -276,10 +287,15 @@ def dense_only(spec: ConvSpec) -> str | None:
 
     What all ops need that factor a kernel into a spatial and a pointwise part.
     """
+    if spec.groups == 1 and spec.is_pointwise:
+        return "needs a spatial kernel, not 1x1"
+    return ungrouped_only(spec)
+
+
+def ungrouped_only(spec: ConvSpec) -> str | None:
+    """Return why a convolution is not one without groups, of any kernel, that pads as torch does, or None."""
     if spec.groups != 1:
         return f"needs groups=1, not groups={spec.groups}"
-    if spec.is_pointwise:
-        return "needs a spatial kernel, not 1x1"
     if spec.padding_mode not in PADDING_MODES:
         return f"needs a padding mode among {', '.join(PADDING_MODES)}, not {spec.padding_mode!r}"
     return None

@@ -59,13 +59,14 @@ def rank_not_known(rank: Rank) -> str | None:
 
 
 def known_rank(rank: Rank) -> int:
-    """Return a fitted rank as the number it must be by now.
+    """Return a fitted rank.
 
     Raises:
-        UnsupportedConvError: if it is a share of the energy of a kernel that was not given.
+        UnsupportedConvError: with the sentence of `rank_not_known`.
     """
-    if not isinstance(rank, int):
-        raise UnsupportedConvError(rank_not_known(rank) or f"rank={rank} is no number")
+    if reason := rank_not_known(rank):
+        raise UnsupportedConvError(reason)
+    assert isinstance(rank, int)
     return rank
 
 

@@ -12,10 +12,12 @@ from convsurgeon.errors import OptionError
 from convsurgeon.factorization import (
     balanced_taps,
     closest_hats,
+    fit_on_features,
     fixed_taps,
     hat_weights,
     highest_energy_taps,
     one_hot_kernel,
+    pursue_taps,
 )
 from convsurgeon.ops._base import dense_only
 from convsurgeon.ops._hat_conv import HatConv2d
@@ -190,6 +192,22 @@ class ShiftConv2d(AbstractSpatialPointwise):
             point_OC = weight.flatten(2).gather(2, taps_IE.expand(len(weight), -1, -1)).flatten(1)
         self.pointwise.weight.copy_(point_OC[:, :, None, None])
         self.copy_bias(bias)
+
+    def choose_by_data(self, gram: Tensor, cross: Tensor) -> None:
+        """Choose positions, and the 1x1, that err little on the data, by matching pursuit.
+
+        Only with `assignment=energy`: fixed and balanced positions stay where they are, and learned
+        offsets move by gradients.
+        """
+        if self.options["assignment"] != "energy":
+            return
+        positions = self.spatial.weight[0].numel()
+        taps_IE = pursue_taps(gram, cross, positions, each=len(self.spatial.weight) // self.in_channels)
+        features_C = (torch.arange(self.in_channels, device=gram.device)[:, None] * positions + taps_IE).flatten()
+        point_OC = fit_on_features(gram, cross, features_C)
+        with torch.no_grad():
+            self._set_taps(taps_IE.flatten())
+            self.pointwise.weight.copy_(point_OC[:, :, None, None])
 
     def _choose(self, weight: Tensor) -> Tensor:
         copies = len(self.spatial.weight) // self.in_channels

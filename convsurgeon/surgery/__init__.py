@@ -8,10 +8,12 @@ from convsurgeon.surgery._guard import GuardReport
 from convsurgeon.surgery._paths import named_leaves
 from convsurgeon.surgery._plan import Decision, Plan, default_keep, mac_ratio, plan
 from convsurgeon.surgery._rewrite import check_outputs, plan_of, rebuild, rewrite
+from convsurgeon.surgery._selectors import NO_OP
 from convsurgeon.surgery._sites import Site
 from convsurgeon.surgery._survey import Survey, survey
 
 __all__ = [
+    "NO_OP",
     "Cost",
     "Decision",
     "FlopCounter",

@@ -17,7 +17,7 @@ from convsurgeon.spec import ConvSpec
 from convsurgeon.surgery._copies import ExampleInputs
 from convsurgeon.surgery._functional import dense_kernel
 from convsurgeon.surgery._parsing import expect_keys, finite, is_text, parse_plain, parse_spec, shown, text_of
-from convsurgeon.surgery._selectors import FilterFn, Selectors
+from convsurgeon.surgery._selectors import NO_OP, FilterFn, Selectors
 from convsurgeon.surgery._sites import Site, find_module
 from convsurgeon.surgery._survey import Survey, survey
 
@@ -136,6 +136,7 @@ def plan(
     keep: str | Sequence[str] = (),
     only: str | Sequence[str] = (),
     mapping: Mapping[str, str] | None = None,
+    pointwise: str | None = None,
     options: Any = None,
     filter_fn: FilterFn | None = None,
     example_inputs: ExampleInputs | None = None,
@@ -148,10 +149,11 @@ def plan(
     package cannot replace. Every decision carries its reason.
 
     Args:
-        to: the op that convolutions become.
+        to: the op that convolutions become; `"none"` converts what `pointwise` and `mapping` name, and no other.
         keep: glob patterns over fqns to leave alone; wins over everything.
         only: glob patterns; all others are left alone.
         mapping: glob pattern to op; overrides the default keeps, and the last match wins.
+        pointwise: the op that 1x1 convolutions without groups become, which are kept otherwise: `"lowrank"`.
         options: the op's options, `{"groups": 8}`; `{"group.groups": 8}` where several ops are used.
         filter_fn: called with each convolution and its fqn; False keeps it.
         example_inputs: an input to run once, for call order and sizes.
@@ -159,7 +161,7 @@ def plan(
 
     Raises:
         NothingToConvertError: if no convolution would be converted, counting the reasons.
-        SelectorError: for a pattern that matches nothing.
+        SelectorError: for a pattern that matches nothing, and for a `pointwise` that cannot replace 1x1 ones.
         UnknownNameError: for an op that does not exist.
         OptionError: for an option that does not exist or cannot take the value.
     """
@@ -176,6 +178,7 @@ def plan(
         keep=keep,
         only=only,
         mapping=mapping,
+        pointwise=pointwise,
         options=options,
         filter_fn=filter_fn,
     )
@@ -189,11 +192,12 @@ def decide(
     keep: str | Sequence[str],
     only: str | Sequence[str],
     mapping: Mapping[str, str] | None,
+    pointwise: str | None,
     options: Any,
     filter_fn: FilterFn | None,
 ) -> Plan:
     """Return the plan for a survey; the arguments are those of `plan`."""
-    selectors = Selectors.parse(to, keep=keep, only=only, mapping=mapping, options=options)
+    selectors = Selectors.parse(to, keep=keep, only=only, mapping=mapping, pointwise=pointwise, options=options)
     if found.sites:
         selectors.check_against(found.sites)
     decisions = []
@@ -202,7 +206,7 @@ def decide(
         decisions.append(_decide(site, selectors, model) if passed else _keep(site, "filtered", "filter_fn said no"))
     result = Plan(found.model, tuple(decisions))
     if not result.converted:
-        raise NothingToConvertError(_nothing(result, to))
+        raise NothingToConvertError(_nothing(result, selectors))
     return result
 
 
@@ -212,10 +216,12 @@ def _decide(site: Site, selectors: Selectors, model: nn.Module | Survey) -> Deci
     if fixed := _impossible(site):
         return _keep(site, *fixed)
     assert site.spec is not None
-    mapped = selectors.mapped_to(site)
-    if mapped is None and (kept := _default_keep(site)):
+    mapped, pointwise = selectors.mapped_to(site), selectors.pointwise_to(site)
+    if mapped is None and (kept := _default_keep(site, but_pointwise=pointwise is not None)):
         return _keep(site, *kept)
-    name = mapped or selectors.to
+    name = mapped or pointwise or selectors.to
+    if name == NO_OP:
+        return _keep(site, "kept by selector", "kept by --to none")
     op, wished = ops.get(name), selectors.options[name]
     kernel = None
     if op.depends_on_weight(wished):
@@ -246,13 +252,13 @@ def _impossible(site: Site) -> tuple[str, str] | None:
     return None
 
 
-def _default_keep(site: Site) -> tuple[str, str] | None:
+def _default_keep(site: Site, *, but_pointwise: bool = False) -> tuple[str, str] | None:
     assert site.spec is not None
     if site.spec.is_depthwise:
         return "depthwise", "it is cheap already: depthwise"
     if site.spec.groups > 1:
         return "grouped", f"it is cheap already: grouped (groups={site.spec.groups})"
-    if site.spec.is_pointwise:
+    if site.spec.is_pointwise and not but_pointwise:
         return "1x1", "it is cheap already: 1x1"
     if site.stem:
         return "stem", f"it is the stem: the first layer, with {site.spec.in_channels} input channels"
@@ -267,27 +273,33 @@ def mac_ratio(spec: ConvSpec, op: type[AbstractCheapConv], options: Any) -> floa
 
 def _converted_reason(ratio: float, wished: Any, options: Any) -> str:
     change = [
-        f"{key}={value}, since {asked} does not fit" if isinstance(asked, int) else f"{key}={value} for {asked}"
-        for key, value in asdict(options).items()
-        if (asked := asdict(wished)[key]) != value
+        _change(key, asked, value) for key, value in asdict(options).items() if (asked := asdict(wished)[key]) != value
     ]
     verb = f"{ratio:.1f}x fewer MACs" if ratio >= 1 else f"{1 / ratio:.1f}x more MACs, as mapped"
     return "; ".join([verb, *change])
+
+
+def _change(key: str, asked: Any, value: Any) -> str:
+    if isinstance(asked, int):
+        return f"{key}={value}, since {asked} does not fit"
+    return f"{key}={value}" if asked is None else f"{key}={value} for {asked}"
 
 
 def _keep(site: Site, label: str, reason: str) -> Decision:
     return Decision(site.fqns, site.spec, None, label, reason)
 
 
-def _nothing(result: Plan, to: str) -> str:
+def _nothing(result: Plan, selectors: Selectors) -> str:
     if not result.decisions:
         return f"{result.model} has no convolution; there is nothing to convert"
     counts = Counter(decision.label for decision in result.decisions)
     reasons = ", ".join(f"{count} {'is' if count == 1 else 'are'} {label}" for label, count in counts.most_common())
     mapped = any(decision.label in _OVERRIDABLE for decision in result.decisions)
-    hint = f"; --map 'PATTERN={to}' converts what is kept by default only" if mapped else ""
+    wanted = list(selectors.options)
+    hint = f"; --map 'PATTERN={wanted[0]}' converts what is kept by default only" if mapped else ""
     return (
-        f"nothing to convert: 0 of {len(result.decisions)} convolutions of {result.model} can become {to!r}: "
+        f"nothing to convert: 0 of {len(result.decisions)} convolutions of {result.model} can become "
+        f"{' or '.join(map(repr, wanted))}: "
         f"{reasons}; `convsurgeon inspect` shows each{hint}"
     )
 

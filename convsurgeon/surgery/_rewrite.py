@@ -55,6 +55,7 @@ def rewrite(
     keep: str | Sequence[str] = (),
     only: str | Sequence[str] = (),
     mapping: Mapping[str, str] | None = None,
+    pointwise: str | None = None,
     options: Any = None,
     filter_fn: FilterFn | None = None,
     example_inputs: ExampleInputs | None = None,
@@ -87,12 +88,22 @@ def rewrite(
         )
     """
     if isinstance(to, Plan):
-        if keep or only or mapping or options or filter_fn:
+        if keep or only or mapping or pointwise or options or filter_fn:
             raise PlanError("a plan is carried out as it is; change its decisions instead of giving selectors")
         the_plan, expected = to, None
     else:
         found, expected = look(model, example_inputs)
-        the_plan = decide(found, model, to, keep=keep, only=only, mapping=mapping, options=options, filter_fn=filter_fn)
+        the_plan = decide(
+            found,
+            model,
+            to,
+            keep=keep,
+            only=only,
+            mapping=mapping,
+            pointwise=pointwise,
+            options=options,
+            filter_fn=filter_fn,
+        )
     student = _carry_out(model, the_plan, initialize=True)
     checked = compare_outputs(model, student, example_inputs, expected=expected)
     report(Progress("rewrite", message=str(checked)))

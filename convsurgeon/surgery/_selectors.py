@@ -11,9 +11,13 @@ from torch import nn
 
 from convsurgeon import ops
 from convsurgeon.errors import OptionError, SelectorError, did_you_mean
+from convsurgeon.spec import ConvSpec
 from convsurgeon.surgery._sites import Site
 
 FilterFn = Callable[[nn.Module, str], bool]
+NO_OP = "none"
+"""What `to` is where only what `pointwise` and `mapping` name shall be converted."""
+_POINTWISE = ConvSpec(64, 64, (1, 1))
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Selectors:
     only: tuple[str, ...]
     mapping: tuple[tuple[str, str], ...]
     to: str
+    pointwise: str | None
     options: Mapping[str, Any]
 
     @classmethod
@@ -34,6 +39,7 @@ class Selectors:
         keep: str | Sequence[str],
         only: str | Sequence[str],
         mapping: Mapping[str, str] | None,
+        pointwise: str | None,
         options: Any,
     ) -> Selectors:
         """Check names and options.
@@ -41,15 +47,22 @@ class Selectors:
         Raises:
             UnknownNameError: for an op that does not exist.
             OptionError: for an option that does not exist, or is not addressed to one of several ops.
-            SelectorError: for patterns that are no text.
+            SelectorError: for patterns that are no text, for an op that cannot replace 1x1 convolutions and
+                shall, and where no op is named at all.
         """
         if not isinstance(to, str):
             raise SelectorError(f"to must be the name of an op, as 'depthwise', or a Plan, got {to!r}")
         if not isinstance(mapping or {}, Mapping):
             raise SelectorError(f"mapping must map patterns to ops, as {{'layer4.*': 'shift'}}, got {mapping!r}")
         pairs = tuple((mapping or {}).items())
-        used = list(dict.fromkeys([to, *(op for _, op in pairs)]))
-        return cls(_patterns("keep", keep), _patterns("only", only), pairs, to, _address(options, used))
+        named = [to, *(op for _, op in pairs), pointwise]
+        used = [name for name in dict.fromkeys(named) if name is not None and name != NO_OP]
+        if not used:
+            raise SelectorError("--to none converts nothing by itself; say --pointwise OP or --map PATTERN=OP, too")
+        addressed = _address(options, used)
+        if pointwise is not None:
+            _check_pointwise(pointwise)
+        return cls(_patterns("keep", keep), _patterns("only", only), pairs, to, pointwise, addressed)
 
     def check_against(self, sites: Iterable[Site]) -> None:
         """Raise a `SelectorError` for the first pattern that matches no convolution."""
@@ -71,10 +84,26 @@ class Selectors:
             return "not selected by --only " + " ".join(repr(pattern) for pattern in self.only)
         return None
 
+    def pointwise_to(self, site: Site) -> str | None:
+        """Return the op that was asked for 1x1 convolutions, where it is one without groups, or None."""
+        wanted = site.spec is not None and site.spec.is_pointwise and site.spec.groups == 1
+        return self.pointwise if wanted else None
+
     def mapped_to(self, site: Site) -> str | None:
         """Return the op of the last mapping pattern that matches, or None."""
         found = [op for pattern, op in self.mapping if _first_match(site, (pattern,))]
         return found[-1] if found else None
+
+
+def _check_pointwise(name: str) -> None:
+    """Raise a `SelectorError` if an op cannot replace 1x1 convolutions, naming those that can."""
+    reasons = {}
+    for each in ops.names():
+        op = ops.get(each)
+        reasons[each] = op.why_not(_POINTWISE, op.fit_options(_POINTWISE, op.parse_options()))
+    if reason := reasons[name]:
+        able = ", ".join(each for each, obstacle in reasons.items() if obstacle is None)
+        raise SelectorError(f"--pointwise {name!r}: it {reason}. Ops for 1x1 convolutions: {able}.")
 
 
 def _patterns(what: str, value: str | Sequence[str]) -> tuple[str, ...]:
@@ -100,8 +129,9 @@ def _address(options: Any, used: list[str]) -> dict[str, Any]:
     for key, value in (options or {}).items():
         owner, _, option = key.rpartition(".")
         if not owner and len(used) > 1:
+            likely = [name for name, op in classes.items() if key in vars(op.parse_options())] or used
             raise OptionError(
-                f"option {key!r} is ambiguous among {', '.join(used)}; say which op it is for: {used[0]}.{key}"
+                f"option {key!r} is ambiguous among {', '.join(used)}; say which op it is for: {likely[0]}.{key}"
             )
         if owner and owner not in addressed:
             raise OptionError(f"option {key!r} is for op {owner!r}, which is not in use: {', '.join(used)}")

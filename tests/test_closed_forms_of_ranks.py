@@ -1,0 +1,282 @@
+"""The closed forms of low-rank, separated, heterogeneous and partial kernels are optima, and shares of energy hold."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from convsurgeon import ops
+from convsurgeon.errors import OptionError, UnsupportedConvError
+from convsurgeon.factorization import _tucker, keep_groups_and_center, low_rank_and_center, tucker
+from convsurgeon.ops._center import CenterView, at_center
+from convsurgeon.spec import ConvSpec
+from convsurgeon.testing import input_size, make_donor
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def donor_of(spec: ConvSpec, seed: int = 0) -> nn.Conv2d:
+    donor = make_donor(spec)
+    weight = random(*donor.weight.shape, seed=seed)
+    donor.weight = nn.Parameter(weight)
+    return donor
+
+
+def lost(name: str, spec: ConvSpec, **options: object) -> float:
+    donor = donor_of(spec)
+    dense = ops.get(name).from_conv(donor, options).as_dense()
+    return (dense - donor.weight).square().sum().item()
+
+
+def beyond(matrix: Tensor, rank: int) -> float:
+    return torch.linalg.svdvals(matrix)[rank:].square().sum().item()
+
+
+# --- ranks
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (2, 5)])
+@pytest.mark.parametrize("rank", [1, 2, 5, 30])
+def test_lowrank_loses_the_singular_values_beyond_the_rank(kernel: tuple[int, int], rank: int) -> None:
+    spec = ConvSpec(4, 7, kernel)
+    expected = beyond(donor_of(spec).weight.detach().flatten(1), rank)
+    assert lost("lowrank", spec, rank=rank) == pytest.approx(expected, rel=1e-9, abs=1e-20)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 4), (5, 2)])
+@pytest.mark.parametrize("rank", [1, 3, 8, 40])
+def test_spatial_svd_loses_the_singular_values_beyond_the_rank(kernel: tuple[int, int], rank: int) -> None:
+    spec = ConvSpec(4, 6, kernel)
+    weight = donor_of(spec).weight.detach()
+    matrix = torch.stack([weight[:, i, y].reshape(-1) for i in range(4) for y in range(kernel[0])])
+    assert lost("spatial_svd", spec, rank=rank) == pytest.approx(beyond(matrix, rank), rel=1e-9, abs=1e-20)
+
+
+@pytest.mark.parametrize("name", ["lowrank", "spatial_svd", "tucker"])
+@pytest.mark.parametrize("share", [30, 60.5, 90, 100])
+def test_a_share_of_energy_is_kept(name: str, share: float) -> None:
+    spec, op = ConvSpec(8, 6, (3, 3)), ops.get(name)
+    donor = donor_of(spec)
+    cheap = op.from_conv(donor, {"rank": f"{share}%"})
+    kept = 1 - (cheap.as_dense() - donor.weight).square().sum() / donor.weight.square().sum()
+    assert kept >= share / 100 - 1e-9
+    assert op.depends_on_weight(op.parse_options({"rank": f"{share}%"}))
+    if name != "tucker":  # and one component less would keep less
+        rank = cheap.options["rank"]
+        assert rank == 1 or 1 - lost(name, spec, rank=rank - 1) / donor.weight.square().sum() < share / 100
+
+
+@pytest.mark.parametrize("name", ["lowrank", "spatial_svd", "tucker"])
+def test_a_share_of_energy_needs_weights(name: str) -> None:
+    op, spec = ops.get(name), ConvSpec(8, 6, (3, 3))
+    reason = "rank=90% is a share of the trained kernel's energy, and there are no weights; give a number or a ratio"
+    assert op.why_not(spec, op.parse_options({"rank": "90%"})) == reason
+    with pytest.raises(UnsupportedConvError, match="there are no weights"):
+        op.build(spec, {"rank": "90%"})
+    with pytest.raises(UnsupportedConvError, match="there are no weights"):
+        op.macs(spec, 9, 9, {"rank": "90%"})
+
+
+@pytest.mark.parametrize("name", ["lowrank", "spatial_svd", "tucker"])
+@pytest.mark.parametrize("rank", [0, -1, 1.5, 0.0, "0%", "101%", "many"])
+def test_what_is_no_rank_is_refused(name: str, rank: object) -> None:
+    with pytest.raises(OptionError, match=f"^{name}: option rank must be a number from 1, a share"):
+        ops.get(name).parse_options({"rank": rank})
+
+
+def test_ranks_of_tucker_side_by_side() -> None:
+    op, spec = ops.get("tucker"), ConvSpec(8, 20, (3, 3))
+
+    def fitted(**options: object) -> tuple[object, object]:
+        found = op.fit_options(spec, op.parse_options(options))
+        return found.rank_in, found.rank_out
+
+    assert fitted() == (3, 8)
+    assert fitted(rank=0.5) == (4, 10)
+    assert fitted(rank=5) == (5, 5)
+    assert fitted(rank=5, rank_out=0.25) == (5, 5)
+    assert fitted(rank_in="2", rank_out="12") == (2, 12)
+    assert fitted(rank_in=1, rank_out=20) == (1, 9)  # nine positions of one channel carry no more
+    assert fitted(rank=100) == (8, 20)
+    cheap = op.from_conv(donor_of(spec), {"rank_in": "80%", "rank_out": 6})
+    assert (cheap.options["rank_out"], cheap.core.out_channels) == (6, 6)
+    assert 1 <= cheap.options["rank_in"] < 8
+
+
+# --- Tucker
+
+
+def product(out: Tensor, core: Tensor, into: Tensor) -> Tensor:
+    return torch.einsum("ob,bak,ai->oik", out, core, into)
+
+
+@pytest.mark.parametrize(("rank_in", "rank_out"), [(1, 1), (2, 3), (4, 5), (1, 5), (4, 1)])
+def test_tucker_meets_a_kernel_of_its_ranks(rank_in: int, rank_out: int) -> None:
+    kernel = product(random(5, rank_out), random(rank_out, rank_in, 6, seed=1), random(rank_in, 4, seed=2))
+    torch.testing.assert_close(product(*tucker(kernel, rank_in, rank_out)), kernel)
+
+
+def alternate(kernel: Tensor, rank_in: int, rank_out: int, seed: int) -> float:
+    """Return what alternating least squares loses from a random start: each factor in turn, by `lstsq`."""
+    out, into = random(kernel.shape[0], rank_out, seed=seed), random(rank_in, kernel.shape[1], seed=seed + 99)
+    for _ in range(400):
+        both = torch.kron(out, into.T.contiguous())
+        core = torch.linalg.lstsq(both, kernel.flatten(0, 1)).solution.view(rank_out, rank_in, -1)
+        inner = torch.einsum("bak,ai->bik", core, into).flatten(1)
+        out = torch.linalg.lstsq(inner.T, kernel.flatten(1).T).solution.T
+        inner = torch.einsum("ob,bak->aok", out, core).flatten(1)
+        into = torch.linalg.lstsq(inner.T, kernel.transpose(0, 1).flatten(1).T).solution
+    return (kernel - product(out, core, into)).square().sum().item()
+
+
+def test_tucker_against_alternating_least_squares() -> None:
+    ratios = []
+    for seed, ranks in itertools.product(range(3), [(1, 1), (2, 2), (3, 2), (2, 4)]):
+        kernel = random(6, 5, 4, seed=seed)
+        mine = (kernel - product(*tucker(kernel, *ranks))).square().sum().item()
+        ratios.append(mine / min(alternate(kernel, *ranks, start) for start in range(3)))
+    assert max(ratios) < 1.05
+    # noise has several local optima close to one another; the start decides in which one it ends
+    assert sorted(ratios)[len(ratios) * 3 // 4] < 1 + 1e-6
+
+
+def test_tucker_is_no_worse_than_the_truncated_higher_order_svd() -> None:
+    for seed in range(10):
+        kernel = random(7, 6, 9, seed=seed)
+        into = torch.linalg.svd(kernel.transpose(0, 1).flatten(1))[0][:, :2]
+        out = torch.linalg.svd(kernel.flatten(1))[0][:, :3]
+        truncated = torch.einsum("ob,pb,pjk,ja,ia->oik", out, out, kernel, into, into)
+        mine = product(*tucker(kernel, 2, 3))
+        assert (kernel - mine).norm() <= (kernel - truncated).norm()
+
+
+def test_tucker_never_gets_worse_from_sweep_to_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = random(12, 10, 9)
+    errors = []
+    for sweeps in range(1, 12):
+        monkeypatch.setattr(_tucker, "_WORK", sweeps * 2 * kernel.numel() * 9)
+        errors.append((kernel - product(*tucker(kernel, 4, 5))).square().sum().item())
+    assert all(after <= before + 1e-9 for before, after in itertools.pairwise(errors))
+    assert errors[-1] < errors[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_tucker_splits_evenly_at_every_scale_and_gives_back_the_dtype(dtype: torch.dtype, scale: float) -> None:
+    kernel = (random(6, 5, 9) * scale).to(dtype)
+    factors = tucker(kernel, 3, 4)
+    assert {factor.dtype for factor in factors} == {dtype}
+    sizes = [float(factor.double().norm()) for factor in factors]
+    assert max(sizes) < 2 * min(sizes)
+    expected = product(*tucker(kernel.double(), 3, 4))
+    tolerance = 20 * torch.finfo(dtype).eps * expected.norm()
+    assert (product(*(factor.double() for factor in factors)) - expected).norm() <= tolerance
+
+
+def test_tucker_of_zeros_and_of_less_than_its_ranks_can_learn() -> None:
+    for kernel in (torch.zeros(4, 5, 3), product(random(4, 1), random(1, 1, 3), random(1, 5))):
+        out, core, into = tucker(kernel, 3, 2)
+        torch.testing.assert_close(product(out, core, into), kernel)
+        assert min(out.norm(dim=0).min(), into.norm(dim=1).min()) > 0.1
+
+
+# --- kernels of which some weights are kept and some are not
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 4), (1, 3)])
+@pytest.mark.parametrize("groups", [2, 3, 6])
+def test_hetconv_loses_the_weights_that_have_no_place(kernel: tuple[int, int], groups: int) -> None:
+    spec = ConvSpec(6, 12, kernel)
+    weight = donor_of(spec).weight.detach()
+    row, column = (kernel[0] - 1) // 2, (kernel[1] - 1) // 2
+    expected = torch.zeros_like(weight)
+    for o, i in itertools.product(range(12), range(6)):
+        if o * groups // 12 == i * groups // 6:
+            expected[o, i] = weight[o, i]
+        else:
+            expected[o, i, row, column] = weight[o, i, row, column]
+    cheap = ops.get("hetconv").from_conv(donor_of(spec), {"groups": groups})
+    assert torch.equal(cheap.as_dense(), expected)
+    grouped, point = keep_groups_and_center(weight, groups, (row, column))
+    assert grouped.shape == (12, 6 // groups, *kernel)
+    assert int((point == 0).sum()) == 12 * 6 // groups
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_partial_loses_singular_values_of_the_first_channels_and_taps_of_the_others(channels: int) -> None:
+    spec = ConvSpec(8, 9, (3, 2))
+    weight = donor_of(spec).weight.detach()
+    others = weight[:, channels:].clone()
+    others[:, :, 1, 0] = 0
+    expected = beyond(weight[:, :channels].flatten(1), channels) + others.square().sum().item()
+    assert lost("partial", spec, share=8 // channels) == pytest.approx(expected, rel=1e-9)
+    spatial, point = low_rank_and_center(weight, channels, (1, 0))
+    assert spatial.shape == (channels, channels, 3, 2)
+    assert torch.equal(point[:, channels:], weight[:, channels:, 1, 0])
+
+
+@pytest.mark.parametrize("ratio", [2, 3, 6])
+def test_ghost_loses_all_but_the_first_singular_value_of_neighbors(ratio: int) -> None:
+    spec = ConvSpec(5, 6, (3, 3))
+    weight = donor_of(spec).weight.detach()
+    expected = sum(beyond(part.transpose(0, 1).flatten(1), 1) for part in weight.split(ratio))
+    assert lost("ghost", spec, ratio=ratio) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "options", "reason"),
+    [
+        ("hetconv", (8, 9), {}, "no number of groups from 2 to 4 divides 8 input and 9 output channels"),
+        ("ghost", (8, 7), {"ratio": 3}, "no ratio from 2 to 3 divides 7 output channels"),
+        ("ghost", (8, 1), {}, "no ratio from 2 to 2 divides 1 output channel"),
+        ("partial", (1, 8), {}, "needs at least 2 input channels"),
+    ],
+)
+def test_channels_that_cannot_be_parted_are_refused(
+    name: str, channels: tuple[int, int], options: dict[str, object], reason: str
+) -> None:
+    op, spec = ops.get(name), ConvSpec(*channels, (3, 3))
+    assert op.why_not(spec, op.fit_options(spec, op.parse_options(options))) == reason
+
+
+@pytest.mark.parametrize(("name", "option"), [("hetconv", "groups"), ("ghost", "ratio"), ("partial", "share")])
+def test_one_part_is_refused(name: str, option: str) -> None:
+    with pytest.raises(OptionError, match=f"^{name}: option {option} must be at least 2, got 1$"):
+        ops.get(name).parse_options({option: 1})
+
+
+# --- the center
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 3), (2, 4), (5, 2)])
+@pytest.mark.parametrize("padding", [(0, 0), (1, 1), (2, 3), "same"])
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 1)])
+def test_the_center_sees_what_a_kernel_with_nothing_else_sees(
+    mode: str, kernel: tuple[int, int], padding: tuple[int, int] | str, dilation: tuple[int, int]
+) -> None:
+    stride = (1, 1) if padding == "same" else (2, 3)
+    spec = ConvSpec(3, 3, kernel, stride=stride, padding=padding, dilation=dilation, bias=False, padding_mode=mode)
+    donor, image = make_donor(spec), random(2, 3, *(size + 4 for size in input_size(spec)))
+    with torch.no_grad():
+        donor.weight.copy_(at_center(torch.eye(3)[:, :, None, None].double(), kernel))
+        assert torch.equal(CenterView(spec, strided=True)(image), donor(image))
+        view = CenterView(spec, strided=False)(image)
+        assert torch.equal(view[..., :: stride[0], :: stride[1]], donor(image))
+
+
+def test_the_usual_kernel_sees_the_image_itself() -> None:
+    image = random(1, 2, 5, 5)
+    for spec in (
+        ConvSpec(2, 2, (3, 3), padding=(1, 1)),
+        ConvSpec(2, 2, (4, 6), padding="same"),
+        ConvSpec(2, 2, (1, 1)),
+    ):
+        assert CenterView(spec, strided=True)(image) is image
