@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from convsurgeon.delivery import Comparison
 
 _PLAIN_WIDTH = 160
-_WIDE = 400
 _PLAIN_SECONDS = 10.0
 # of what a line is printed now and then where there is no terminal, and how a step of it is called
 _STEPS = {"train": "step", "fit": "fit of convolution", "polish": "step"}
@@ -34,14 +33,10 @@ class _Console(Console):
         raise BrokenPipeError
 
 
-def console(*, stderr: bool = False, wide: bool = False) -> Console:
-    """Return a console that takes text as it is; where nobody looks at it, tables are wide enough not to wrap.
-
-    Args:
-        wide: for tables with a column for every op.
-    """
+def console(*, stderr: bool = False) -> Console:
+    """Return a console that takes text as it is; where nobody looks at it, tables are wide enough not to wrap."""
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else _WIDE if wide else _PLAIN_WIDTH
+    width = None if stream.isatty() else _PLAIN_WIDTH
     return _Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
 
 

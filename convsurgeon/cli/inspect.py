@@ -9,6 +9,8 @@ from convsurgeon.cli import _arguments as arguments
 from convsurgeon.cli._drawing import big, console, emit, fewer, say, tell
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from convsurgeon.surgery import Site, Survey
 
 
@@ -74,26 +76,22 @@ def _row(site: Site, found: Survey) -> dict[str, Any]:
 def _draw(found: Survey, rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
-    from convsurgeon import ops
-
     table = Table(title=f"{found.model}: {len(rows)} convolution{'s' if len(rows) != 1 else ''}")
     table.add_column("name", overflow="fold")
     table.add_column("geometry")
     if found.observed:
         table.add_column("MACs", justify="right")
         table.add_column("share", justify="right")
-    for name in ops.names():
-        table.add_column(name, justify="right")
     table.add_column("kept by default, because")
     for row in rows:
         figures = []
         if found.observed:
             share = "–" if row["share"] is None else f"{100 * row['share']:.1f} %"
             figures = ["–" if row["macs"] is None else big(row["macs"]), share]
-        offers = ["–" if ratio is None else fewer(ratio, 1) for ratio in row["ops"].values()]
         names = "\n= ".join(fqn or "(root)" for fqn in row["fqns"])
-        table.add_row(names, row["geometry"], *figures, *offers, row["kept_because"] or "")
-    console(wide=True).print(table)
+        table.add_row(names, row["geometry"], *figures, row["kept_because"] or "")
+    console().print(table)
+    console().print(_ops_table(found, rows))
     if found.macs is not None:
         tell(f"all convolutions: {big(found.macs)} MACs for one image")
     else:
@@ -101,3 +99,28 @@ def _draw(found: Survey, rows: list[dict[str, Any]]) -> None:
     for fqn, reason in found.untraced:
         short = " ".join(reason.split())[:120]
         say(f"note: torch.fx could not trace {fqn} ({short}); its convolutions were found all the same")
+
+
+def _ops_table(found: Survey, rows: list[dict[str, Any]]) -> Table:
+    """Return a line for each op: how many convolutions it would replace by default, and what that would save."""
+    from rich.table import Table
+
+    from convsurgeon import ops
+
+    table = Table(title="what each op would make of it, with its options at their defaults")
+    table.add_column("--to")
+    table.add_column("structure")
+    table.add_column("converts", justify="right")
+    table.add_column("fewer MACs, each", justify="right")
+    if found.observed:
+        table.add_column("all convolutions", justify="right")
+    for name in ops.names():
+        chosen = [row for row in rows if row["kept_because"] is None and (row["ops"][name] or 0) >= 1]
+        ratios = sorted(row["ops"][name] for row in chosen)
+        each = "–" if not ratios else " to ".join(dict.fromkeys(fewer(ratio, 1) for ratio in (ratios[0], ratios[-1])))
+        total = []
+        if found.macs is not None:
+            saved = sum((row["macs"] or 0) * (1 - 1 / row["ops"][name]) for row in chosen)
+            total = [f"{big(found.macs - saved)} ({fewer(found.macs, found.macs - saved)})"]
+        table.add_row(name, ops.get(name).summary, str(len(chosen)), each, *total)
+    return table
