@@ -563,6 +563,10 @@ def run_laws(case: ModelCase) -> dict[str, str]:
     return found
 
 
+# on some processors numbers in another order in memory are added up in another order, too
+_BY_ROUNDING = {"changes_the_memory_format": {"model_law_state_dict"}}
+
+
 @pytest.mark.parametrize(("apply", "law", "saying", "failing"), broken())
 def test_the_law_catches_it_and_no_other_does(
     apply: Callable[[Patch], None], law: str, saying: str, failing: set[str], monkeypatch: Patch
@@ -572,7 +576,7 @@ def test_the_law_catches_it_and_no_other_does(
         apply(monkeypatch)
         found = run_laws(case)
     torch.set_grad_enabled(True)
-    assert set(found) == failing, found
+    assert failing <= set(found) <= failing | _BY_ROUNDING.get(apply.__name__, set()), found
     assert saying in found[law]
     for name, message in found.items():
         assert message.startswith(f"Subject as depthwise breaks {name}: ")
