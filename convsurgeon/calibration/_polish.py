@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from convsurgeon.calibration._images import CalibrationImages
-from convsurgeon.distillation import Augmentation, distill
+from convsurgeon.distillation import Augmentation, Training, distill
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.progress import Progress, Report, be_silent
 
@@ -78,7 +78,11 @@ def polish(
             student,
             loader,
             method="imitate",
-            method_options={"blocks": settings.blocks, "cutmix": settings.cutmix if pictures else 0.0},
+            method_options={
+                "blocks": settings.blocks,
+                "cutmix": settings.cutmix if pictures else 0.0,
+                "full_precision": _in_full_precision(student),
+            },
             epochs=math.ceil(steps / per_pass),
             limit_batches=per_pass,
             batch_size=batch_size,
@@ -103,6 +107,17 @@ def polish(
         for name, flag in frozen.items():
             network.get_parameter(name).requires_grad_(flag)
     return polished
+
+
+def _in_full_precision(student: nn.Module) -> bool:
+    """Whether the student runs in float32 beside a teacher in bf16: on processors, with depthwise convolutions.
+
+    Their gradients are slow in bf16. Found by a rule and not by a clock, so that a seed says what comes out.
+    """
+    if torch.cuda.is_available() or Training().autocast(torch.device("cpu")) != "bf16":
+        return False
+    convolutions = (part for part in student.modules() if isinstance(part, nn.Conv2d))
+    return any(conv.groups == conv.in_channels > 1 for conv in convolutions)
 
 
 def _time_step(run: Run) -> float:

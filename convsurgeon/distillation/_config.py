@@ -92,4 +92,5 @@ class Training:
             return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         # added in torch 2.11 or so; without it we cannot know, and fp32 is always right
         capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        return "bf16" if device.type == "cpu" and capabilities.get("amx_bf16") else "no"
+        multiplies = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+        return "bf16" if device.type == "cpu" and multiplies else "no"
