@@ -60,10 +60,15 @@ def test_expensive_law(name, law, spec):
     laws()[law](ops.get(name), spec, None)
 
 
+# every op in half of the modes, and every mode with half of the ops
+OPS_IN_MODES = [(name, spec) for i, name in enumerate(NAMES) for j, spec in enumerate(MODES) if (i + j) % 2 == 0]
+
+
 @pytest.mark.slow
-@each_op
 @pytest.mark.parametrize("law", sorted(EXPENSIVE))
-@pytest.mark.parametrize("spec", MODES, ids=lambda spec: f"{spec.padding_mode}-{spec.padding}")
+@pytest.mark.parametrize(
+    ("name", "spec"), OPS_IN_MODES, ids=[f"{name}-{spec.padding_mode}-{spec.padding}" for name, spec in OPS_IN_MODES]
+)
 def test_expensive_law_in_every_padding_mode(name, law, spec):
     assert accepts(ops.get(name), spec)
     laws()[law](ops.get(name), spec, None)
@@ -80,7 +85,7 @@ def test_expensive_law_on_generated_cases(name, law):
 @pytest.mark.slow
 @each_op
 @pytest.mark.parametrize("law", CHEAP)
-@settings(by_hypothesis, max_examples=100, derandomize=False)
+@settings(by_hypothesis, max_examples=40, derandomize=False)
 @given(data=st.data())
 def test_law_on_many_cases(name, law, data):
     op = ops.get(name)

@@ -38,9 +38,12 @@ def settle(model: nn.Module) -> None:
     model.eval()
 
 
+# every op with a third of the networks, and every network with a third of the ops
+PAIRS = [(name, op) for i, name in enumerate(NAMES) for j, op in enumerate(ops.names()) if (i + j) % 3 == 0]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ops.names())
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "op"), PAIRS)
 def test_convert_save_load_run_export(
     name: str, op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
