@@ -37,7 +37,8 @@ above what the process held with the network loaded; the larger of two. A ratio 
 
 Medians in seconds. The teacher's two passes are in the survey, which observes the first; the student's two in the
 guard. What Python does alone (tracing, copying the structure of the modules, building the ops) is no faster with a
-second thread, while the forward passes are; it weighs most where many small layers are converted, as in densenet201.
+second thread, while the forward passes are; it weighs most where many small layers are
+converted: so densenet201 and resnet152 miss the target with two threads on some machines.
 
 | network | op | threads | {stages} | bare: {bare_stages} |
 |---|---|---|{stage_rules}
