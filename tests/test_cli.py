@@ -532,6 +532,20 @@ class TestConvert:
         written = json.loads((program.folder / data["calibration_file"]).read_text())
         assert written == data["calibration"]
 
+    def test_student_plan_and_report_are_written_all_or_none(
+        self, program: Program, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        digit_reader(program.folder)
+        before = program.files()
+
+        def fail(*_args: object) -> None:
+            raise cs.errors.OutputError("the disk is full")
+
+        monkeypatch.setattr("convsurgeon.cli._calibrating.write_report", fail)
+        look = ("--calibrate", "digits", "--calibration-images", "20", "--no-polish")
+        assert program("convert", "reader.pt", *TRUST, *look).error == "the disk is full"
+        assert program.files() == before
+
     def test_a_calibration_that_fails_writes_nothing(self, program: Program) -> None:
         write_pictures(program.folder / "few", each=2)
         before = program.files()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from convsurgeon.cli._drawing import big, console, emit, fewer, say, tell
 from convsurgeon.errors import OptionError, OutputError
 
 if TYPE_CHECKING:
+    from convsurgeon.calibration import CalibrationResult
     from convsurgeon.surgery import Plan, Survey
 
 
@@ -58,10 +59,9 @@ def run(
     json: arguments.Json = False,
 ) -> None:
     """Replace standard convolutions by cheap ones, started from the dense weights, and write the student."""
-    from convsurgeon.cli._calibrating import CalibrationRequest, draw, write_report
+    from convsurgeon.cli._calibrating import CalibrationRequest, draw
     from convsurgeon.cli._models import check_ops, example_for, load_model, read_plan, selectors, set_threads
-    from convsurgeon.files import refuse_to_overwrite, write_atomically
-    from convsurgeon.storage import default_output, save
+    from convsurgeon.storage import default_output
     from convsurgeon.surgery import plan as make_plan
     from convsurgeon.surgery import rewrite, survey
 
@@ -81,17 +81,10 @@ def run(
     found = survey(network, example_inputs=example)
     choice = selectors(keep, only, mapping, pointwise, option)
     the_plan = ready or make_plan(network, to or DEFAULT_OP, found=found, **choice)
-    target = output or default_output(network, model, the_plan.tag)
-    plan_file = target.parent / f"{target.stem}.plan.json"
-    report_file = target.parent / f"{target.stem}.calibration.json"
+    files = _Files.beside(output or default_output(network, model, the_plan.tag))
     images = calibration.load(network) if calibrate is not None and not dry_run else None
     if not dry_run:
-        if os.path.exists(target) and os.path.exists(model) and target.samefile(model):
-            raise OutputError(f"{target} is the model itself; choose another name with -o, so that none is lost")
-        refuse_to_overwrite(target, force=force)
-        refuse_to_overwrite(plan_file, force=force)
-        if images is not None:
-            refuse_to_overwrite(report_file, force=force)
+        files.check(model, calibrated=images is not None, force=force)
     checked: list[str] = []
     student = rewrite(
         network, the_plan, example_inputs=example, report=lambda event: checked.append(event.message or "")
@@ -101,18 +94,7 @@ def run(
     calibrated = None if images is None else calibration.run(network, student, images)
     if calibrated is not None:
         student = calibrated.student
-    written = {}
-    if not dry_run:
-
-        def write(temporary: Path) -> None:
-            temporary.write_text(the_plan.to_json(), encoding="utf-8")
-            save(student, target, force=force, example_inputs=example)
-
-        write_atomically(plan_file, write)  # so that there are both or none
-        written = {"student": str(target), "plan_file": str(plan_file)}
-        if calibrated is not None:
-            write_atomically(report_file, lambda temporary: write_report(calibrated, temporary))
-            written["calibration_file"] = str(report_file)
+    written = {} if dry_run else files.write(student, the_plan, calibrated, example=example, force=force)
     costs = _costs(network, student, the_plan, found)
     if json:
         extra = {} if calibrated is None else {"calibration": calibrated.to_dict()}
@@ -125,6 +107,53 @@ def run(
         draw(calibrated)
     for what, path in written.items():
         tell(f"{what.replace('_', ' ')}: {path}")
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What a conversion writes: all of it, or nothing."""
+
+    student: Path
+    plan: Path
+    calibration: Path
+
+    @classmethod
+    def beside(cls, student: Path) -> _Files:
+        """Return the files of a student of that name."""
+        return cls(student, *(student.parent / f"{student.stem}.{kind}.json" for kind in ("plan", "calibration")))
+
+    def check(self, model: str, *, calibrated: bool, force: bool) -> None:
+        """Raise an `OutputError` where something would be lost."""
+        from convsurgeon.files import refuse_to_overwrite
+
+        if os.path.exists(self.student) and os.path.exists(model) and self.student.samefile(model):
+            raise OutputError(f"{self.student} is the model itself; choose another name with -o, so that none is lost")
+        for path in (self.student, self.plan, *([self.calibration] if calibrated else [])):
+            refuse_to_overwrite(path, force=force)
+
+    def write(
+        self, student: Any, the_plan: Plan, calibrated: CalibrationResult | None, *, example: Any, force: bool
+    ) -> dict[str, str]:
+        """Write student, plan and, where there is one, the report of the calibration; return their names."""
+        from convsurgeon.cli._calibrating import write_report
+        from convsurgeon.files import write_atomically
+        from convsurgeon.storage import save
+
+        def write_plan(temporary: Path) -> None:
+            temporary.write_text(the_plan.to_json(), encoding="utf-8")
+            save(student, self.student, force=force, example_inputs=example)
+
+        written = {"student": str(self.student), "plan_file": str(self.plan)}
+        if calibrated is None:
+            write_atomically(self.plan, write_plan)
+            return written
+
+        def write_all(temporary: Path) -> None:
+            write_report(calibrated, temporary)
+            write_atomically(self.plan, write_plan)
+
+        write_atomically(self.calibration, write_all)
+        return {**written, "calibration_file": str(self.calibration)}
 
 
 def _costs(network: Any, student: Any, the_plan: Plan, found: Survey) -> dict[str, Any]:
