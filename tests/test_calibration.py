@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import convsurgeon as cs
 from convsurgeon import ops
-from convsurgeon.calibration import CalibrationResult, Polish, _calibrate, _moments, calibrate_and_report
+from convsurgeon.calibration import CalibrationResult, Polish, _calibrate, _fit, _moments, calibrate_and_report
 from convsurgeon.calibration._capture import Places, patches_of, targets_of
 from convsurgeon.calibration._fit import fit_op
 from convsurgeon.calibration._moments import Gram, Rows
@@ -140,20 +140,40 @@ def test_a_fit_is_never_worse_and_finds_back_what_the_op_can_do(name: str) -> No
     assert 0 <= fit.after < 1e-4 < fit.before
 
 
-def test_a_fit_that_would_be_worse_is_undone() -> None:
-    """The kernel is optimal as it stands: there is nothing to gain, and nothing may be lost."""
+def test_a_fit_that_would_be_worse_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     donor = nn.Conv2d(4, 4, 3, bias=False)
     op = DepthwiseConv2d.from_conv(donor)
     before = copy.deepcopy(op.state_dict())
     x = torch.randn(500, 36)
-    y = x @ op.as_dense().detach().flatten(1).mT
+    y = x @ donor.weight.detach().flatten(1).mT
     fitted, held = (Gram(36, 4, torch.device("cpu")) for _ in range(2))
     fitted.add(x[:400], y[:400])
     held.add(x[400:], y[400:])
+
+    def spoil(worker: nn.Module, *_others: Any) -> None:
+        with torch.no_grad():
+            worker.pointwise.weight.mul_(-3)
+
+    monkeypatch.setattr(_fit, "_minimise", spoil)
     fit = fit_op(op, donor.weight.detach().flatten(1), fitted, held)
-    assert fit.after <= fit.before
-    for key, value in op.state_dict().items():
-        torch.testing.assert_close(value, before[key], rtol=1e-2, atol=1e-3)
+    assert fit.after == fit.before
+    assert all(torch.equal(value, before[key]) for key, value in op.state_dict().items())
+
+
+def test_a_polish_that_agrees_less_is_undone(teacher: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = cs.rewrite(teacher)
+    fitted = cs.calibrate(teacher, student, IMAGES, polish=False)
+
+    def spoil(_teacher: nn.Module, student: nn.Module, *_others: Any, **_more: Any) -> nn.Module:
+        spoilt = copy.deepcopy(student)
+        with torch.no_grad():
+            spoilt.fc.weight.mul_(-1)
+        return spoilt
+
+    monkeypatch.setattr(_calibrate, "run_polish", spoil)
+    result = calibrate_and_report(teacher, student, IMAGES)
+    assert result.stages[-1].note == "undone: it agreed less"
+    assert all(torch.equal(value, fitted.state_dict()[key]) for key, value in result.student.state_dict().items())
 
 
 def test_large_sites_are_fitted_on_rows(teacher: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
