@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from convsurgeon.errors import OptionError
 from convsurgeon.factorization import rank_one
 from convsurgeon.ops._base import AbstractCheapConv, as_padding, dense_only
+from convsurgeon.ops._groups import largest_divisor
 from convsurgeon.ops._registry import register
 from convsurgeon.spec import ConvSpec
 
@@ -86,19 +87,15 @@ class GhostConv2d(AbstractCheapConv):
     @classmethod
     def fit_options(cls, spec: ConvSpec, options: Any, weight: Tensor | None = None) -> Any:
         """Lower `ratio` to the largest number that divides the output channels."""
-        ratio = cls._largest_divisor(spec, options)
+        ratio = largest_divisor(spec.out_channels, options.ratio)
         return options if ratio in (1, options.ratio) else replace(options, ratio=ratio)
-
-    @staticmethod
-    def _largest_divisor(spec: ConvSpec, options: Any) -> int:
-        return max(r for r in range(1, min(options.ratio, spec.out_channels) + 1) if spec.out_channels % r == 0)
 
     @classmethod
     def why_not(cls, spec: ConvSpec, options: Any) -> str | None:
         """Refuse grouped and 1x1 convolutions, and where every output would have a primary channel of its own."""
         if reason := dense_only(spec):
             return reason
-        if cls._largest_divisor(spec, options) > 1:
+        if largest_divisor(spec.out_channels, options.ratio) > 1:
             return None
         channels = f"{spec.out_channels} output channel{'s' if spec.out_channels > 1 else ''}"
         return f"no ratio from 2 to {options.ratio} divides {channels}"
@@ -106,7 +103,7 @@ class GhostConv2d(AbstractCheapConv):
     @classmethod
     def macs(cls, spec: ConvSpec, height: int, width: int, options: Any = None) -> int:
         """Return the multiply-adds of both parts; the 1x1 runs at input size."""
-        channels = spec.out_channels // cls._largest_divisor(spec, cls.parse_options(options))
+        channels = spec.out_channels // largest_divisor(spec.out_channels, cls.parse_options(options).ratio)
         p, q = spec.output_size(height, width)
         return spec.in_channels * channels * height * width + spec.out_channels * spec.taps * p * q
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
-from convsurgeon.errors import OptionError
 from convsurgeon.factorization import keep_groups_and_center
 from convsurgeon.ops._base import AbstractCheapConv, as_padding, dense_only
 from convsurgeon.ops._center import CenterView, at_center, center_of
+from convsurgeon.ops._groups import check_groups, largest_divisor
 from convsurgeon.ops._registry import register
 from convsurgeon.spec import ConvSpec
 
@@ -67,8 +68,7 @@ class HetConv2d(AbstractCheapConv):
         groups: int = 4
 
         def __post_init__(self) -> None:
-            if self.groups < 2:
-                raise OptionError(f"hetconv: option groups must be at least 2, got {self.groups}")
+            check_groups(self.groups, "hetconv")
 
     def __init__(self, spec: ConvSpec, options: Any) -> None:
         super().__init__(spec, options)
@@ -94,8 +94,7 @@ class HetConv2d(AbstractCheapConv):
 
     @staticmethod
     def _largest_divisor(spec: ConvSpec, options: Any) -> int:
-        both = spec.in_channels, spec.out_channels
-        return max(g for g in range(1, min(options.groups, *both) + 1) if both[0] % g == both[1] % g == 0)
+        return largest_divisor(math.gcd(spec.in_channels, spec.out_channels), int(options.groups))
 
     @classmethod
     def why_not(cls, spec: ConvSpec, options: Any) -> str | None:
