@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# the tests run in one thread each, so that as many files as this are tested at a time
+WORKERS ?= 2
+TEST    := $(BIN)/pytest --numprocesses=$(WORKERS) --dist=worksteal --durations=5
 
 .PHONY: demo test test-slow lint format docs sweep clean
 
@@ -10,10 +13,10 @@ demo: $(STAMP)
 	$(BIN)/convsurgeon demo
 
 test: $(STAMP)
-	$(BIN)/pytest -m "not slow" --durations=5
+	$(TEST) -m "not slow"
 
 test-slow: $(STAMP)
-	$(BIN)/pytest -m slow --durations=5
+	$(TEST) -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -346,6 +346,19 @@ def test_a_short_run_stays_below_the_peak() -> None:
     assert Training(warmup=0).rate_at(0, 20) == 1.0
 
 
+def test_a_method_knows_how_much_of_the_run_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    forward = methods.get("frozen").forward
+
+    def note(self: Any, images: Tensor, labels: Tensor) -> Any:
+        seen.append(self.progress)
+        return forward(self, images, labels)
+
+    monkeypatch.setattr(methods.get("frozen"), "forward", note)
+    run(epochs=2)
+    assert seen == [step / 8 for step in range(8)]
+
+
 def test_progress_reports() -> None:
     events: list[Progress] = []
     run("joint", epochs=2, report=events.append)
@@ -407,6 +420,7 @@ def test_a_gpu_that_is_not_there() -> None:
         ({"epochs": 0}, OptionError, "epochs must be at least 1, got 0"),
         ({"batch_size": 0}, OptionError, "batch_size must be at least 1"),
         ({"limit_batches": 0}, OptionError, "limit_batches must be at least 1"),
+        ({"optimizer": "adam"}, OptionError, "optimizer must be one of sgd, muon, got 'adam'"),
         ({"learning_rate": 0.0}, OptionError, "learning_rate must be above 0"),
         ({"learning_rate": float("nan")}, OptionError, "learning_rate must be above 0"),
         ({"momentum": -0.1}, OptionError, "momentum must be from 0"),

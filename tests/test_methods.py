@@ -94,6 +94,18 @@ def test_every_method_trains_every_parameter_it_says_it_trains(name: str) -> Non
     }
 
 
+def test_blocks_lead_at_first_and_answers_decide_in_the_end() -> None:
+    def loss(progress: float, **options: float) -> float:
+        method = make("imitate", options={"cutmix": 0.0, **options})
+        method.progress = progress
+        return float(method(IMAGES, LABELS).loss.detach())
+
+    both = loss(0.0, blocks=4.0)
+    assert loss(0.0, blocks=2.0) == pytest.approx(0.5 * both, rel=2e-3)
+    assert loss(0.25, blocks=4.0) == pytest.approx(0.75 * both, rel=2e-3)
+    assert 0 < loss(1.0, blocks=4.0) < 1e-3 * both  # the answers, which differ by dropout alone
+
+
 @pytest.mark.parametrize("name", methods.names())
 def test_what_is_frozen_is_not_trained(name: str) -> None:
     student = cs.rewrite(tiny())

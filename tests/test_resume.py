@@ -109,6 +109,19 @@ def test_a_crash_at_any_step_and_a_second_one(method: str, tmp_path: Path) -> No
         assert_same(train(method, folder, resume=resume), uninterrupted(method))
 
 
+def test_a_run_with_muon_goes_on_as_it_was(tmp_path: Path) -> None:
+    expected = train("frozen", None, optimizer="muon")
+    with pytest.raises(Power):
+        train("frozen", tmp_path, optimizer="muon", on_read=after(60, fail))
+    assert_same(train("frozen", tmp_path, resume=True, optimizer="muon"), expected)
+    plain = train("frozen", None)
+    moved = [
+        any(not torch.equal(a, b) for a, b in zip(expected.student.parameters(), net.parameters(), strict=True))
+        for net in (plain.student, expected.student)
+    ]
+    assert moved == [True, False]
+
+
 def test_a_crash_between_the_files_of_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from convsurgeon.distillation import RunFolder
 

@@ -30,17 +30,17 @@ class Polish:
         steps: at most.
         seconds: at most, by the time that a few steps take beforehand.
         batch_size: images a step.
-        learning_rate: the peak of the schedule.
-        blocks: weight of the blocks' outputs beside the answers.
+        learning_rate: the peak of the schedule of Muon.
+        blocks: weight of the blocks' outputs beside the answers at first; it falls to 0.
         cutmix: share of the batches that are mixed, where the images are pictures.
         flip: whether half of the pictures are mirrored.
     """
 
-    steps: int = 1000
+    steps: int = 2000
     seconds: float = 600.0
-    batch_size: int = 128
-    learning_rate: float = 0.1
-    blocks: float = 1.0
+    batch_size: int = 64
+    learning_rate: float = 0.02
+    blocks: float = 10.0
     cutmix: float = 0.5
     flip: bool = False
 
@@ -86,6 +86,7 @@ def polish(
             epochs=math.ceil(steps / per_pass),
             limit_batches=per_pass,
             batch_size=batch_size,
+            optimizer="muon",
             learning_rate=settings.learning_rate,
             seed=seed,
             augmentation=augmentation,

@@ -43,7 +43,10 @@ def run(
     objective_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Repeatable.")] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 5,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 0.1,
+    optimizer: Annotated[str, typer.Option(metavar="sgd|muon", help="Muon goes further in few steps.")] = "sgd",
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", "--lr", help="The peak; 0.1 with sgd, 0.02 with muon.")
+    ] = None,
     weight_decay: Annotated[float, typer.Option()] = 5e-4,
     seed: arguments.Seed = 0,
     augment: Annotated[bool, typer.Option(help="Random shifts, and mirror images where the data allow.")] = True,
@@ -109,8 +112,8 @@ def run(
 _SAID = (
     "teacher", "student", "to", "keep", "only", "mapping", "pointwise", "option", "data", "data_root", "size", "mean",
     "std", "color", "val_fraction", "method", "method_option", "objective", "objective_option", "epochs", "batch_size",
-    "learning_rate", "weight_decay", "seed", "augment", "device", "precision", "threads", "limit_batches",
-    "tensorboard", "weights", "model_arg", "trust", "trust_module",
+    "optimizer", "learning_rate", "weight_decay", "seed", "augment", "device", "precision", "threads",
+    "limit_batches", "tensorboard", "weights", "model_arg", "trust", "trust_module",
 )  # fmt: skip
 
 
@@ -226,7 +229,7 @@ class _Prepared:
             resume=started,
             report=report,
             **{key: said[key] for key in (
-                "epochs", "batch_size", "learning_rate", "weight_decay", "seed", "device", "precision",
+                "epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "seed", "device", "precision",
                 "limit_batches", "tensorboard",
             )},
         )  # fmt: skip

@@ -14,6 +14,8 @@ from convsurgeon.errors import OptionError
 
 _STEEPEST_RISE = 80
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+USUAL_RATES = {"sgd": (0.1, 0.9), "muon": (0.02, 0.95)}
+"""Optimisers, each with its usual learning rate and momentum."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,9 @@ class Training:
     Args:
         epochs: passes over the training data.
         batch_size: images a step, where the data is not in batches already.
+        optimizer: `sgd` or `muon`.
         learning_rate: the peak of the cosine schedule.
-        momentum: of SGD, with Nesterov's step.
+        momentum: of the optimiser, with Nesterov's step.
         weight_decay: on weights; norms and biases have none.
         warmup: share of all steps in which the rate rises to its peak.
         seed: of the order of the data, the augmentation and the methods' own noise.
@@ -39,6 +42,7 @@ class Training:
     objective_options: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 5
     batch_size: int = 128
+    optimizer: str = "sgd"
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -55,6 +59,8 @@ class Training:
                 raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.limit_batches is not None and self.limit_batches < 1:
             raise OptionError(f"limit_batches must be at least 1, got {self.limit_batches}")
+        if self.optimizer not in USUAL_RATES:
+            raise OptionError(f"optimizer must be one of {', '.join(USUAL_RATES)}, got {self.optimizer!r}")
         if not self.learning_rate > 0:
             raise OptionError(f"learning_rate must be above 0, got {self.learning_rate}")
         if not 0 <= self.momentum < 1:

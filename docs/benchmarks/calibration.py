@@ -3,8 +3,8 @@
     python docs/benchmarks/calibration.py
 
 trains the teachers (once; they are kept), then every row of the grid that is not in the results yet, and
-appends one JSON line a row, so it can be stopped and started again at any time. The tables come from
-`--table`, which trains nothing.
+appends one JSON line a row, so it can be stopped and started again at any time. `--latency` times the networks
+in onnxruntime, in turns; the tables come from `--table`, which trains nothing.
 
 The images are training images without their labels; the test set is looked at after each stage, and
 decides nothing.
@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 import convsurgeon as cs
 from convsurgeon.calibration import Polish, calibrate_and_report
 from convsurgeon.data import DataSplits, load_data
+from convsurgeon.delivery import measure_latency, ratio
 from convsurgeon.distillation import Augmentation
 from convsurgeon.surgery import count_macs, count_params
 
@@ -33,8 +35,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "paper"))
 from resnet import resnet20
 
 HERE = Path(__file__).parent
+LATENCIES = HERE / "calibration_latency.json"
 IMAGE = torch.zeros(1, 1, 28, 28)
-TEACHER_EPOCHS = {"resnet20": 14, "vgg": 14}
+TEACHERS: dict[str, dict[str, Any]] = {"resnet20": {"epochs": 14}, "vgg": {"epochs": 8, "optimizer": "muon"}}
+"""How each was trained."""
 MAIN = ("group", "depthwise", "bsconv", "shift")
 OPTIONS: dict[str, dict[str, Any]] = {"group": {"groups": 4}}
 STAGES = ("closed form", "batch-norm statistics", "fit", "polish")
@@ -91,7 +95,7 @@ def teacher_of(name: str, data: DataSplits, folder: Path) -> nn.Module:
         data.train,
         data.val,
         method="supervised",
-        epochs=TEACHER_EPOCHS[name],
+        **TEACHERS[name],
         augmentation=Augmentation.usual((28, 28), flip=True),
         run_dir=run,
         resume=(run / "config.json").exists(),
@@ -127,17 +131,33 @@ def measure(row: dict[str, Any], teacher: nn.Module, data: DataSplits) -> dict[s
     }
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def latency_ratios(network: str, rounds: int) -> dict[str, float]:
+    """Return how many times faster than the teacher each op's student is in onnxruntime, with one thread."""
+    dense: nn.Module = resnet20(in_channels=1) if network == "resnet20" else Vgg()
+    ops = cs.ops.names() if network == "resnet20" else MAIN
+    networks = {"dense": dense} | {op: cs.rewrite(dense, op, options=OPTIONS.get(op)) for op in ops}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / f"{name}.onnx" for name in networks}
+        for name, net in networks.items():
+            cs.export(net.eval(), files[name], example_inputs=IMAGE)
+        timed = measure_latency(files, threads=[1], rounds=rounds)
+    return {op: round(ratio(timed, "dense", op, threads=1), 2) for op in ops}
+
+
+def print_table(rows: list[dict[str, Any]], latencies: dict[str, dict[str, float]]) -> None:
     """Print the means over seeds as Markdown; test accuracies in %, with lowest and highest."""
-    print("| network | op | images | seeds | " + " | ".join(STAGES) + " | teacher | params | MACs | seconds |")
-    print("|---" * (len(STAGES) + 8) + "|")
+    heads = ("teacher", "params", "MACs", "onnxruntime", "seconds")
+    print("| network | op | images | seeds | " + " | ".join((*STAGES, *heads)) + " |")
+    print("|---" * (len(STAGES) + len(heads) + 4) + "|")
     for key in dict.fromkeys((row["network"], row["op"], row["images"]) for row in rows):
         some = [row for row in rows if (row["network"], row["op"], row["images"]) == key]
         scores = [spread([row["scores"][stage] for row in some]) for stage in STAGES]
-        ratio = some[0]["teacher_macs"] / some[0]["macs"]
+        fewer = some[0]["teacher_macs"] / some[0]["macs"]
+        faster = latencies.get(key[0], {}).get(key[1])
         print(
             f"| {key[0]} | {key[1]} | {key[2]:,} | {len(some)} | {' | '.join(scores)} | {100 * some[0]['teacher']:.2f} "
-            f"| {some[0]['params']:,} | {some[0]['macs'] / 1e6:.2f} M ({ratio:.1f}x fewer) "
+            f"| {some[0]['params']:,} | {some[0]['macs'] / 1e6:.2f} M ({fewer:.1f}x fewer) "
+            f"| {'not timed' if faster is None else f'{faster:.2f}x faster'} "
             f"| {statistics.mean(row['seconds'] for row in some):.0f} |"
         )
 
@@ -155,20 +175,29 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "calibration.jsonl")
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
+    for name, kind in (("networks", str), ("ops", str), ("images", int), ("seeds", int)):
+        parser.add_argument(f"--{name}", type=kind, nargs="+", help="only rows with one of these")
+    parser.add_argument("--latency", action="store_true", help="time the networks in onnxruntime; train nothing")
     parser.add_argument("--table", action="store_true", help="print the table of the results; train nothing")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
-    if not args.table:
+    if args.latency:
+        LATENCIES.write_text(json.dumps({name: latency_ratios(name, 200) for name in TEACHERS}, indent=1) + "\n")
+    elif not args.table:
         data = load_data("fashion-mnist", root=args.data_root)
+        only = {name.rstrip("s"): getattr(args, name) for name in ("networks", "ops", "seeds") if getattr(args, name)}
+        only |= {"images": args.images} if args.images else {}
         for row in grid():
+            if any(row[key] not in wanted for key, wanted in only.items()):
+                continue
             if any(all(there[key] == value for key, value in row.items()) for there in rows):
                 continue
             rows.append(measure(row, teacher_of(row["network"], data, args.runs), data))
             with args.results.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
             print(json.dumps(rows[-1]), flush=True)
-    print_table(rows)
+    print_table(rows, json.loads(LATENCIES.read_text()) if LATENCIES.exists() else {})
 
 
 if __name__ == "__main__":

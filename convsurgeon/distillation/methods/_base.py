@@ -55,6 +55,8 @@ class AbstractMethod(nn.Module, ABC):
     """Whether it learns from labels; without, batches may be images alone."""
     teacher_learns: ClassVar[bool] = False
     """Whether the caller's teacher is trained too, so that it is worth evaluating again."""
+    progress: float = 0.0
+    """The share of the run that is done, 0..1; the loop says it before each step."""
 
     @dataclass(frozen=True)
     class Options:

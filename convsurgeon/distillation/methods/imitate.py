@@ -19,9 +19,9 @@ from convsurgeon.evaluation import float_leaves
 @final
 @register
 class Imitate(AbstractMethod):
-    """``objective(s, t) + blocks · mean_b |s_b - t_b|² / |t_b|²`` with a fixed teacher in eval mode.
+    """``objective(s, t) + blocks · (1 - progress) · mean_b |s_b - t_b|² / |t_b|²``, a fixed teacher in eval mode.
 
-    Outputs that are no class scores are matched by their squared error over the teacher's mean square, as the
+    `progress` runs from 0 to 1: the blocks lead at first, the answers decide in the end. Outputs that are no class scores are matched by their squared error over the teacher's mean square, as the
     outputs of the blocks are that hold converted convolutions. Half of the batches are mixed by CutMix, which
     needs no labels here: the teacher answers for what it sees.
 
@@ -38,13 +38,13 @@ class Imitate(AbstractMethod):
 
     @dataclass(frozen=True)
     class Options:
-        """How much the blocks count beside the answers, on what share of the batches pictures are mixed, and precision.
+        """How much the blocks count beside the answers at first, on what share of the batches pictures are mixed, and precision.
 
         With `full_precision` the student runs in its own float type, whatever the run's precision is, and only the
         teacher below it: on processors the gradients of depthwise convolutions are slower in bf16.
         """
 
-        blocks: float = 1.0
+        blocks: float = 10.0
         cutmix: float = 0.5
         full_precision: bool = False
 
@@ -81,7 +81,8 @@ class Imitate(AbstractMethod):
         loss = sum((self._answer_loss(s, t) for s, t in zip(student, teacher, strict=True)), torch.zeros(()))
         if self.blocks:
             pairs = [pair for name in self.blocks for pair in zip(had[name], wanted[name], strict=True)]
-            loss = loss + self.options.blocks * sum(relative_error(s, t) for s, t in pairs) / len(pairs)
+            weight = self.options.blocks * (1 - self.progress) / len(pairs)
+            loss = loss + weight * sum(relative_error(s, t) for s, t in pairs)
         scores = (student[0], teacher[0]) if self.answers_are_scores else (None, None)
         return Lesson(loss, *scores)
 
