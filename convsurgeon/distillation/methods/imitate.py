@@ -21,9 +21,10 @@ from convsurgeon.evaluation import float_leaves
 class Imitate(AbstractMethod):
     """``objective(s, t) + blocks · (1 - progress) · mean_b |s_b - t_b|² / |t_b|²``, a fixed teacher in eval mode.
 
-    `progress` runs from 0 to 1: the blocks lead at first, the answers decide in the end. Outputs that are no class scores are matched by their squared error over the teacher's mean square, as the
-    outputs of the blocks are that hold converted convolutions. Half of the batches are mixed by CutMix, which
-    needs no labels here: the teacher answers for what it sees.
+    `progress` runs from 0 to 1: the blocks lead at first, the answers decide in the end. Outputs that are no class
+    scores are matched by their squared error over the teacher's mean square, as the outputs of the blocks are that
+    hold converted convolutions. Half of the batches are mixed by CutMix, which needs no labels here: the teacher
+    answers for what it sees.
 
     Reference:
         Soft targets: Hinton, Vinyals, Dean, 2015, arXiv:1503.02531. Hints: Romero et al., 2014, arXiv:1412.6550.
@@ -38,7 +39,7 @@ class Imitate(AbstractMethod):
 
     @dataclass(frozen=True)
     class Options:
-        """How much the blocks count beside the answers at first, on what share of the batches pictures are mixed, and precision.
+        """How much the blocks count at first, on what share of the batches pictures are mixed, and precision.
 
         With `full_precision` the student runs in its own float type, whatever the run's precision is, and only the
         teacher below it: on processors the gradients of depthwise convolutions are slower in bf16.
