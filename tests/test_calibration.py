@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import convsurgeon as cs
 from convsurgeon import ops
-from convsurgeon.calibration import CalibrationResult, Polish, _calibrate, _fit, _moments, calibrate_and_report
+from convsurgeon.calibration import CalibrationResult, Polish, _calibrate, _fit, _moments, _polish, calibrate_and_report
+from convsurgeon.calibration._answers import closeness
 from convsurgeon.calibration._capture import Places, patches_of, targets_of
 from convsurgeon.calibration._fit import fit_op
 from convsurgeon.calibration._moments import Gram, Rows
@@ -172,7 +173,7 @@ def test_a_polish_that_agrees_less_is_undone(teacher: nn.Module, monkeypatch: py
 
     monkeypatch.setattr(_calibrate, "run_polish", spoil)
     result = calibrate_and_report(teacher, student, IMAGES)
-    assert result.stages[-1].note == "undone: it agreed less"
+    assert result.stages[-1].note == "undone: it was further off"
     assert all(torch.equal(value, fitted.state_dict()[key]) for key, value in result.student.state_dict().items())
 
 
@@ -308,6 +309,43 @@ def test_a_shared_module_gives_one_site() -> None:
     result = calibrate_and_report(teacher, cs.rewrite(teacher), images, polish=False)
     assert [site.fqn for site in result.sites] == ["first", "block.0"]
     assert result.stages[-1].error < result.stages[0].error
+
+
+def test_a_short_trial_chooses_the_learning_rate() -> None:
+    runs: list[tuple[int, float]] = []
+    said: list[Progress] = []
+
+    def run(steps: int, rate: float, report: Any) -> tuple[nn.Module, float]:
+        runs.append((steps, rate))
+        return nn.Linear(1, 1).requires_grad_(rate < 0.01), 1.0
+
+    def prefers(small: bool) -> Any:
+        return lambda net: float(net.weight.requires_grad is small)
+
+    choose = _polish._choose_rate
+    assert choose(run, prefers(True), Polish(), 400, said.append) == (0.005, 40)
+    assert choose(run, prefers(False), Polish(), 400, said.append) == (0.02, 40)
+    assert runs == [(20, 0.02), (20, 0.005)] * 2
+    assert [event.message for event in said] == [
+        f"learning rate {rate}: closer than another one after 20 steps" for rate in ("0.005", "0.02")
+    ]
+    assert choose(run, prefers(True), Polish(learning_rate=0.1), 400, said.append) == (0.1, 0)
+    assert choose(run, prefers(True), Polish(), 100, said.append) == (0.02, 0)
+    assert len(runs) == 4
+
+
+def test_class_scores_are_ranked_by_their_divergence_and_others_by_their_error() -> None:
+    scores = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
+    same_classes = closeness([[scores + 5.0]], [[scores]])
+    assert same_classes.agreement == 1.0
+    assert same_classes.error > 1.0
+    assert same_classes.rank == pytest.approx(0.0, abs=1e-12)
+    far = closeness([[2 * scores]], [[scores]])
+    target = scores.softmax(1)
+    expected = (target * (target.log() - (2 * scores).softmax(1).log())).sum(1).mean()
+    assert -far.rank == pytest.approx(float(expected), rel=1e-5)
+    maps = torch.rand(2, 1, 4, 4)
+    assert closeness([[2 * maps]], [[maps]]).rank == pytest.approx(-1.0)
 
 
 def test_progress_says_what_the_polish_will_take(teacher: nn.Module) -> None:

@@ -507,6 +507,8 @@ class TestConvert:
         outcome = program("convert", "model.pt", *TRUST, *look).done()
         assert "calibration: 32 images fitted, 8 held out" in outcome.out
         assert "preprocessing: 16x16, rgb" in outcome.err
+        assert "no input shape is known" not in outcome.err  # the pictures say it
+        assert "MACs" in outcome.out
         report = json.loads((program.folder / "model.depthwise.calibration.json").read_text())
         assert [stage["name"] for stage in report["stages"]] == [
             "closed form",

@@ -147,18 +147,26 @@ class _Run:
                 fitted, note = anew, "with new batch-norm statistics"
             else:
                 put_statistics(self.student, before)
-                note = "batch-norm statistics kept: new ones agree less"
+                note = "batch-norm statistics kept: new ones are further off"
         self._close("fit", fitted, note)
 
     def polish(self, settings: Polish) -> None:
         """Let the student imitate the teacher; what was better before is kept."""
         before = self._closeness()
-        polished = run_polish(self.teacher, self.student, self.images, settings, seed=self.seed, report=self.report)
+        polished = run_polish(
+            self.teacher,
+            self.student,
+            self.images,
+            settings,
+            rank=lambda student: self._closeness(student).rank,
+            seed=self.seed,
+            report=self.report,
+        )
         unpolished, self.student = self.student, polished
         after = self._closeness()
         note = ""
         if after.rank < before.rank:
-            self.student, after, note = unpolished, before, "undone: it agreed less"
+            self.student, after, note = unpolished, before, "undone: it was further off"
         self._close("polish", after, note)
 
     def result(self) -> CalibrationResult:
@@ -231,8 +239,8 @@ class _Run:
         done = max(1, len(self.fits))
         return (time.monotonic() - self.stage_started) / done * (len(self.sites) - done)
 
-    def _closeness(self) -> Closeness:
-        return closeness(answers_of(self.student, self.images.batches(held=True)), self.wanted)
+    def _closeness(self, student: nn.Module | None = None) -> Closeness:
+        return closeness(answers_of(student or self.student, self.images.batches(held=True)), self.wanted)
 
     def _close(self, name: str, found: Closeness, note: str = "") -> None:
         seconds = round(time.monotonic() - self.stage_started, 1)

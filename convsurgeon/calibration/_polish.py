@@ -18,8 +18,11 @@ from convsurgeon.progress import Progress, Report, be_silent
 _FEWEST_STEPS = 10
 # the first step is slower than those that follow; where steps are short, some more are looked at
 _SHORT, _MORE_STEPS = 2.0, 5
+# a student that is close already is thrown back by the rate that brings another one forward
+_RATES, _TRIAL_SHARE = (0.02, 0.005), 0.05
 
-Run = Callable[[int, Report], tuple[nn.Module, float]]
+Run = Callable[[int, float, Report], tuple[nn.Module, float]]
+Rank = Callable[[nn.Module], float]
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Polish:
         steps: at most.
         seconds: at most, by the time that a few steps take beforehand.
         batch_size: images a step.
-        learning_rate: the peak of the schedule of Muon.
+        learning_rate: the peak of the schedule of Muon; None for the one that does better in a short trial.
         blocks: weight of the blocks' outputs beside the answers at first; it falls to 0.
         cutmix: share of the batches that are mixed, where the images are pictures.
         flip: whether half of the pictures are mirrored.
@@ -39,7 +42,7 @@ class Polish:
     steps: int = 2000
     seconds: float = 600.0
     batch_size: int = 64
-    learning_rate: float = 0.02
+    learning_rate: float | None = None
     blocks: float = 10.0
     cutmix: float = 0.5
     flip: bool = False
@@ -51,12 +54,16 @@ def polish(
     images: CalibrationImages,
     settings: Polish,
     *,
+    rank: Rank,
     seed: int,
     report: Report,
 ) -> nn.Module:
     """Return the student after a run in which it imitates the teacher on the fitted images.
 
     Says how long it is going to take before it starts. Ops learn whatever their `requires_grad` says.
+
+    Args:
+        rank: says how close a student is to its teacher on images held out; more is closer.
     """
     pictures = images.fitted.dim() == 4 and images.fitted.shape[1] in (1, 3)
     train = images.fitted.cpu()
@@ -64,7 +71,7 @@ def polish(
     augmentation = Augmentation.usual((train.shape[-2], train.shape[-1]), flip=settings.flip) if pictures else None
     frozen = _thaw_ops(student)
 
-    def run(steps: int, report: Report) -> tuple[nn.Module, float]:
+    def run(steps: int, rate: float, report: Report) -> tuple[nn.Module, float]:
         loader: DataLoader[tuple[Tensor, ...]] = DataLoader(
             TensorDataset(train),
             batch_size=batch_size,
@@ -87,7 +94,7 @@ def polish(
             limit_batches=per_pass,
             batch_size=batch_size,
             optimizer="muon",
-            learning_rate=settings.learning_rate,
+            learning_rate=rate,
             seed=seed,
             augmentation=augmentation,
             report=report,
@@ -95,15 +102,16 @@ def polish(
         return result.student, float(result.metrics["seconds"])
 
     step_seconds = _time_step(run)
-    steps = max(_FEWEST_STEPS, min(settings.steps, int(settings.seconds / step_seconds)))
+    affordable = max(_FEWEST_STEPS, min(settings.steps, int(settings.seconds / step_seconds)))
     report(
         Progress(
             "polish",
-            message=f"polish: {steps} steps of {batch_size} images, about {_minutes(steps * step_seconds)} "
+            message=f"polish: {affordable} steps of {batch_size} images, about {_minutes(affordable * step_seconds)} "
             f"({step_seconds:.2g} s a step)",
         )
     )
-    polished, _ = run(steps, lambda event: _pass_on(event, report))
+    rate, tried = _choose_rate(run, rank, settings, affordable, report)
+    polished, _ = run(affordable - tried, rate, lambda event: _pass_on(event, report))
     for network in (student, polished):
         for name, flag in frozen.items():
             network.get_parameter(name).requires_grad_(flag)
@@ -121,12 +129,25 @@ def _in_full_precision(student: nn.Module) -> bool:
     return any(conv.groups == conv.in_channels > 1 for conv in convolutions)
 
 
+def _choose_rate(run: Run, rank: Rank, settings: Polish, affordable: int, report: Report) -> tuple[float, int]:
+    """Return the learning rate, and how many steps it took to find it."""
+    steps = round(_TRIAL_SHARE * affordable)
+    if settings.learning_rate is not None:
+        return settings.learning_rate, 0
+    if steps < _FEWEST_STEPS:
+        return _RATES[0], 0
+    ranks = {rate: rank(run(steps, rate, be_silent)[0]) for rate in _RATES}
+    best = max(ranks, key=lambda rate: ranks[rate])
+    report(Progress("polish", message=f"learning rate {best:g}: closer than another one after {steps} steps"))
+    return best, len(_RATES) * steps
+
+
 def _time_step(run: Run) -> float:
     """Return about how many seconds a step takes, from runs whose results are thrown away."""
-    _, first = run(1, be_silent)
+    _, first = run(1, _RATES[0], be_silent)
     if first > _SHORT:
         return first
-    _, more = run(1 + _MORE_STEPS, be_silent)
+    _, more = run(1 + _MORE_STEPS, _RATES[0], be_silent)
     return max(more - first, 0.1 * more) / _MORE_STEPS
 
 

@@ -66,6 +66,12 @@ class CalibrationRequest:
             )
 
 
+def shape_of(loaded: tuple[Any, bool]) -> str | None:
+    """Return the shape of one image as it is typed after `--input-shape`, or None if the images do not say it."""
+    preprocessing = getattr(loaded[0], "preprocessing", None)
+    return preprocessing and ",".join(map(str, (1, preprocessing.channels, *preprocessing.size)))
+
+
 def write_report(result: CalibrationResult, path: Path) -> None:
     """Write what the stages and sites came to as JSON."""
     path.write_text(json_module.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")

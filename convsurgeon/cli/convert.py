@@ -59,7 +59,7 @@ def run(
     json: arguments.Json = False,
 ) -> None:
     """Replace standard convolutions by cheap ones, started from the dense weights, and write the student."""
-    from convsurgeon.cli._calibrating import CalibrationRequest, draw
+    from convsurgeon.cli._calibrating import CalibrationRequest, draw, shape_of
     from convsurgeon.cli._models import check_ops, example_for, load_model, read_plan, selectors, set_threads
     from convsurgeon.storage import default_output
     from convsurgeon.surgery import plan as make_plan
@@ -77,12 +77,14 @@ def run(
     ready = read_plan(plan) if plan is not None else None
     check_ops(to, pointwise)
     network = load_model(model, weights=weights, model_arg=model_arg, trust=trust, trust_module=trust_module)
+    images = calibration.load(network) if calibrate is not None and not dry_run else None
     example = example_for(network, input_shape)
+    if example is None and images is not None:
+        example = example_for(network, shape_of(images))
     found = survey(network, example_inputs=example)
     choice = selectors(keep, only, mapping, pointwise, option)
     the_plan = ready or make_plan(network, to or DEFAULT_OP, found=found, **choice)
     files = _Files.beside(output or default_output(network, model, the_plan.tag))
-    images = calibration.load(network) if calibrate is not None and not dry_run else None
     if not dry_run:
         files.check(model, calibrated=images is not None, force=force)
     checked: list[str] = []
