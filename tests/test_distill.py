@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 import convsurgeon as cs
 from convsurgeon.data import ImageSet
 from convsurgeon.distillation import Augmentation, RunFolder, Training, methods
-from convsurgeon.distillation._loop import _Run
+from convsurgeon.distillation._loop import Run
 from convsurgeon.errors import DataError, DistillationError, OptionError, UnknownNameError
 from convsurgeon.evaluation import evaluate
 from convsurgeon.preprocessing import Preprocessing
@@ -166,7 +166,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> list[dict[
             return scores[len(seen) - 1]
         return 0.5
 
-    monkeypatch.setattr(_Run, "_accuracy", accuracy)
+    monkeypatch.setattr(Run, "_accuracy", accuracy)
     return seen
 
 
@@ -198,7 +198,7 @@ def test_the_best_peer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(name)
         return {"peer 3": 0.8}.get(name, 0.1)
 
-    monkeypatch.setattr(_Run, "_accuracy", accuracy)
+    monkeypatch.setattr(Run, "_accuracy", accuracy)
     result = run("ensemble")
     assert asked == ["peer 1", "peer 2", "peer 3", "peer 4"]
     assert result.metrics["chosen"] == "peer 3, epoch 1"

@@ -6,13 +6,18 @@ import contextlib
 import json as json_module
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from convsurgeon.cli import _arguments as arguments
 from convsurgeon.cli._drawing import Drawing, console, draw_comparison, emit, say, tell
 from convsurgeon.errors import DistillationError, OptionError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from convsurgeon.distillation import DistillResult
 
 _COMMAND, _CONFIG = "command.json", "config.json"
 
@@ -88,12 +93,7 @@ def run(
             said["to"] = to or arguments.DEFAULT_OP
         made = file_stem(student) if student else "-".join(filter(None, (said["to"], pointwise)))
         folder = output or Path("runs") / f"{file_stem(teacher)}.{made}.{method}"
-        if any((folder / name).exists() for name in (_COMMAND, _CONFIG)):
-            raise DistillationError(
-                f"{folder} holds a run already; go on with it by --resume {folder}, or choose another folder with -o"
-            )
-        if folder.is_dir() and any(folder.iterdir()):
-            raise DistillationError(f"{folder} holds other files; choose a new or an empty folder with -o")
+        _check_free(folder)
     set_threads(said["threads"])
     prepared = _Prepared(said)
     with _started(folder, said, resume=resume is not None), Drawing() as drawing:
@@ -115,6 +115,15 @@ _SAID = (
     "optimizer", "learning_rate", "weight_decay", "seed", "augment", "device", "precision", "threads",
     "limit_batches", "tensorboard", "weights", "model_arg", "trust", "trust_module",
 )  # fmt: skip
+
+
+def _check_free(folder: Path) -> None:
+    if any((folder / name).exists() for name in (_COMMAND, _CONFIG)):
+        raise DistillationError(
+            f"{folder} holds a run already; go on with it by --resume {folder}, or choose another folder with -o"
+        )
+    if folder.is_dir() and any(folder.iterdir()):
+        raise DistillationError(f"{folder} holds other files; choose a new or an empty folder with -o")
 
 
 def _typed(context: typer.Context, *, but: tuple[str, ...]) -> list[str]:
@@ -203,19 +212,19 @@ class _Prepared:
 
     def train_and_deliver(self, folder: Path, *, resume: bool, report: Any) -> tuple[dict[str, Any], Any]:
         """Train, choose, test once, save, export and time; return the figures and the table of them."""
-        from convsurgeon.delivery import compare
-        from convsurgeon.distillation import Augmentation, RunFolder, distill
-        from convsurgeon.evaluation import evaluate
+        result = self._train(folder, resume=resume and (folder / _CONFIG).exists(), report=report)
+        file = self._save(result.student, folder)
+        return self._deliver(result, file, folder, report=report)
+
+    def _train(self, folder: Path, *, resume: bool, report: Any) -> DistillResult:
+        from convsurgeon.distillation import Augmentation, distill
         from convsurgeon.options import parse_pairs
-        from convsurgeon.record import update_record
-        from convsurgeon.storage import default_output, save
 
         said, splits = self.said, self.splits
         augmentation = None
         if said["augment"]:
             augmentation = Augmentation.usual(tuple(self.example.shape[-2:]), flip=splits.flip)
-        started = resume and (folder / _CONFIG).exists()
-        result = distill(
+        return distill(
             self.teacher,
             self.student,
             splits.train,
@@ -226,14 +235,20 @@ class _Prepared:
             objective_options=parse_pairs(said["objective_option"] or [], flag="--objective-option"),
             augmentation=augmentation,
             run_dir=folder,
-            resume=started,
+            resume=resume,
             report=report,
             **{key: said[key] for key in (
                 "epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "seed", "device", "precision",
                 "limit_batches", "tensorboard",
             )},
         )  # fmt: skip
-        student = result.student
+
+    def _save(self, student: nn.Module, folder: Path) -> Path:
+        """Save the student, which remembers like its teacher what images look like."""
+        from convsurgeon.record import update_record
+        from convsurgeon.storage import default_output, save
+
+        splits = self.splits
         for network in (self.teacher, student):
             update_record(
                 network,
@@ -241,32 +256,32 @@ class _Prepared:
                 classes=list(splits.classes) or None,
                 input_shape=list(self.example.shape),
             )
-        suffix = default_output(student, said["teacher"], "student").suffix
-        file = save(student, folder / f"student{suffix}", force=True)
+        suffix = default_output(student, self.said["teacher"], "student").suffix
+        return save(student, folder / f"student{suffix}", force=True)
+
+    def _deliver(self, result: DistillResult, file: Path, folder: Path, *, report: Any) -> tuple[dict[str, Any], Any]:
+        from convsurgeon.delivery import compare
+        from convsurgeon.distillation import RunFolder
+        from convsurgeon.evaluation import evaluate
+
+        splits = self.splits
         judge = splits.test if splits.test is not None else splits.val
         if splits.test is None:
             say(f"note: {splits.name} has no test images; accuracies are those on validation data")
+        settings = {"report": report, **{key: self.said[key] for key in ("batch_size", "limit_batches")}}
         comparison = compare(
             self.teacher,
-            student,
+            result.student,
             folder,
             example=self.example,
             test=judge,
             images=_images(judge if judge is not None else splits.train),
-            batch_size=said["batch_size"],
-            limit_batches=said["limit_batches"],
             force=True,
-            report=report,
+            **settings,
         )
         ended = None
         if result.teacher is not None and judge is not None:
-            ended = evaluate(
-                result.teacher,
-                judge,
-                batch_size=said["batch_size"],
-                limit_batches=said["limit_batches"],
-                report=report,
-            ).accuracy
+            ended = evaluate(result.teacher, judge, **settings).accuracy
         figures = {
             "run": str(folder),
             "student_file": str(file),

@@ -11,7 +11,6 @@ import copy
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from convsurgeon.distillation import methods, objectives
-from convsurgeon.distillation._augmentation import Augmentation
 from convsurgeon.distillation._batches import (
-    as_loader,
     check_labels,
     first_batch,
     generators_of,
@@ -30,16 +27,14 @@ from convsurgeon.distillation._batches import (
     mix,
     pair,
     seed_all,
-    untouched_generators,
 )
-from convsurgeon.distillation._config import USUAL_RATES, Training
-from convsurgeon.distillation._interrupt import catch_interrupt
-from convsurgeon.distillation._muon import Muon
+from convsurgeon.distillation._config import Training
 from convsurgeon.distillation._run_folder import RunFolder
+from convsurgeon.distillation._setup import has_seen_batches, make_accelerator, make_optimizer
 from convsurgeon.distillation._watch import Watch
 from convsurgeon.errors import DataError, DistillationError, one_line
 from convsurgeon.evaluation import evaluate
-from convsurgeon.progress import Progress, Report, be_silent
+from convsurgeon.progress import Progress, Report
 from convsurgeon.surgery import in_mode
 
 
@@ -70,102 +65,7 @@ class _State:
     seconds: float = 0.0
 
 
-def distill(
-    teacher: nn.Module | None,
-    student: nn.Module,
-    train: Any,
-    val: Any = None,
-    *,
-    method: str = "joint",
-    objective: str = "kd",
-    method_options: Mapping[str, Any] | None = None,
-    objective_options: Mapping[str, Any] | None = None,
-    epochs: int = 5,
-    batch_size: int = 128,
-    optimizer: str = "sgd",
-    learning_rate: float | None = None,
-    momentum: float | None = None,
-    weight_decay: float = 5e-4,
-    warmup: float = 0.1,
-    seed: int = 0,
-    device: str | None = None,
-    precision: str = "auto",
-    limit_batches: int | None = None,
-    augmentation: Augmentation | None = None,
-    run_dir: str | Path | None = None,
-    resume: bool = False,
-    checkpoint_seconds: float = 60.0,
-    tensorboard: bool = False,
-    report: Report = be_silent,
-) -> DistillResult:
-    """Train a student beside its teacher; neither argument is modified.
-
-    SGD or Muon, with Nesterov momentum, a linear warm-up and a cosine to zero, on Hugging Face Accelerate.
-    The student of the epoch with the best validation accuracy is returned. The remaining arguments are the
-    fields of `Training`.
-
-    Args:
-        teacher: the dense network; None for a method that needs none.
-        student: what `rewrite` made of it.
-        train: a DataLoader, an `ImageSet`, or another dataset of `(image, label)`.
-        val: the same, to choose the best student by; without it the last one is kept.
-        method: who teaches whom: `joint`, `frozen`, `ensemble`, `supervised`.
-        objective: in which loss.
-        optimizer: `sgd`, or `muon`, which goes further in few steps.
-        learning_rate: the peak; None for the optimiser's usual one, 0.1 and 0.02.
-        momentum: None for the optimiser's usual one, 0.9 and 0.95.
-        augmentation: what is done to each training batch; None leaves it as the loader gives it.
-        run_dir: a folder for settings, metrics and checkpoints; without one nothing is written.
-        resume: go on with the run in `run_dir`.
-        checkpoint_seconds: how often to write a checkpoint, besides the end of every epoch.
-        report: receives a `Progress` about four times a second.
-
-    Raises:
-        DistillationError: if the run cannot start, or diverges.
-        DataError: if the data do not fit the networks.
-        UnknownNameError: for a method or objective that does not exist.
-        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written at the end of the step.
-    """
-    usual_rate, usual_momentum = USUAL_RATES.get(optimizer, (1.0, 0.0))  # an unknown one is refused below
-    config = Training(
-        method=method,
-        objective=objective,
-        method_options=method_options or {},
-        objective_options=objective_options or {},
-        epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        learning_rate=usual_rate if learning_rate is None else learning_rate,
-        momentum=usual_momentum if momentum is None else momentum,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        seed=seed,
-        device=device,
-        precision=precision,
-        limit_batches=limit_batches,
-        augmentation=augmentation,
-    )
-    if resume and run_dir is None:
-        raise DistillationError("resume=True needs the run_dir of the run to go on with")
-    loader = as_loader(train, config)
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with (
-        torch.random.fork_rng(devices=list(cuda)),
-        untouched_generators(loader, val),
-        catch_interrupt() as interrupted,
-    ):
-        folder = None
-        run = _Run(teacher, student, loader, val, config=config, interrupted=interrupted, report=report)
-        if run_dir is not None:
-            folder = RunFolder(run_dir, config.to_dict(), resume=resume, tensorboard=tensorboard)
-        try:
-            return run.go(folder, resume=resume, checkpoint_seconds=checkpoint_seconds)
-        finally:
-            if folder is not None:
-                folder.close()
-
-
-class _Run:
+class Run:
     """One run: networks, optimiser and data on their device, and the loop over them."""
 
     def __init__(
@@ -181,7 +81,7 @@ class _Run:
     ) -> None:
         self.given_teacher, self.given_student = teacher, student
         self.val, self.config, self.interrupted, self.report = val, config, interrupted, report
-        self.accelerator, self.precision = _accelerator(config)
+        self.accelerator, self.precision = make_accelerator(config)
         self.device = self.accelerator.device
         self.best_state: dict[str, Tensor] | None = None
         method_class = methods.get(config.method)
@@ -208,7 +108,7 @@ class _Run:
         groups = method.parameter_groups(learning_rate=config.learning_rate, weight_decay=config.weight_decay)
         if not groups:
             raise DistillationError("there is nothing to train: every parameter has requires_grad=False")
-        optimizer = _optimizer(config, groups)
+        optimizer = make_optimizer(config, groups)
         # gives the method a forward under autocast, and every process its part of each batch
         self.module, self.optimizer, self.loader = self.accelerator.prepare(method, optimizer, loader)
         self.steps_per_epoch = min(len(self.loader), config.limit_batches or len(self.loader))
@@ -327,7 +227,7 @@ class _Run:
 
     def _is_trained(self) -> bool | None:
         if self.teacher_before is None:
-            return None if self.given_teacher is None else _beats_chance_unseen(self.given_teacher)
+            return None if self.given_teacher is None else has_seen_batches(self.given_teacher)
         chance = 1 / self.classes
         return self.teacher_before > chance + 0.1 * (1 - chance)
 
@@ -406,36 +306,6 @@ class _Run:
             "precision": self.precision,
         }
         return DistillResult(in_mode(student, training=False), teacher, metrics)
-
-
-def _accelerator(config: Training) -> tuple[Any, str]:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-
-    # what an earlier run in this process chose must not decide for this one
-    AcceleratorState._reset_state(True)
-    on_cpu = config.device == "cpu"
-    if config.device not in (None, "cpu", "cuda"):
-        raise DistillationError(f"device must be cpu or cuda, got {config.device!r}")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise DistillationError("device cuda was asked for, and torch finds none; use --device cpu")
-    device = PartialState(cpu=on_cpu).device
-    precision = config.autocast(device)
-    if precision == "fp16" and device.type == "cpu":
-        raise DistillationError("precision fp16 needs a GPU; on a CPU use bf16 or no")
-    return Accelerator(cpu=on_cpu, mixed_precision=precision), precision
-
-
-def _optimizer(config: Training, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    if config.optimizer == "muon":
-        return Muon(groups, momentum=config.momentum)
-    return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
-
-
-def _beats_chance_unseen(teacher: nn.Module) -> bool:
-    """Guess whether a network is trained where there is no validation data: batch norm has seen batches."""
-    counts = [buffer for name, buffer in teacher.named_buffers() if name.endswith("num_batches_tracked")]
-    return not counts or any(int(count) > 0 for count in counts)
 
 
 def _numbers(event: Mapping[str, Any]) -> dict[str, float]:

@@ -104,14 +104,14 @@ def teacher_of(name: str, data: DataSplits, folder: Path) -> nn.Module:
     return result.student
 
 
-def measure(row: dict[str, Any], teacher: nn.Module, data: DataSplits) -> dict[str, Any]:
+def measure(row: dict[str, Any], teacher: nn.Module, data: DataSplits, seconds: float) -> dict[str, Any]:
     """Convert and calibrate once, and test after each stage."""
     student = cs.rewrite(teacher, row["op"], options=OPTIONS.get(row["op"]))
     result = calibrate_and_report(
         teacher,
         student,
         data.train,
-        polish=Polish(flip=data.flip),
+        polish=Polish(seconds=seconds, flip=data.flip),
         limit=row["images"],
         seed=row["seed"],
         judge=lambda net: cs.evaluate(net, data.test).accuracy,
@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "calibration.jsonl")
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
+    parser.add_argument("--polish-seconds", type=float, default=600, help="what the polish may take")
     for name, kind in (("networks", str), ("ops", str), ("images", int), ("seeds", int)):
         parser.add_argument(f"--{name}", type=kind, nargs="+", help="only rows with one of these")
     parser.add_argument("--latency", action="store_true", help="time the networks in onnxruntime; train nothing")
@@ -193,7 +194,7 @@ def main() -> None:
                 continue
             if any(all(there[key] == value for key, value in row.items()) for there in rows):
                 continue
-            rows.append(measure(row, teacher_of(row["network"], data, args.runs), data))
+            rows.append(measure(row, teacher_of(row["network"], data, args.runs), data, args.polish_seconds))
             with args.results.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
             print(json.dumps(rows[-1]), flush=True)
