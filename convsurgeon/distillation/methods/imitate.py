@@ -45,7 +45,7 @@ class Imitate(AbstractMethod):
         teacher below it: on processors the gradients of depthwise convolutions are slower in bf16.
         """
 
-        blocks: float = 10.0
+        blocks: float = 1.0
         cutmix: float = 0.5
         full_precision: bool = False
 
