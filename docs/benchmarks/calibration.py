@@ -146,7 +146,7 @@ def latency_ratios(network: str, rounds: int) -> dict[str, float]:
 
 def print_table(rows: list[dict[str, Any]], latencies: dict[str, dict[str, float]]) -> None:
     """Print the means over seeds as Markdown; test accuracies in %, with lowest and highest."""
-    heads = ("teacher", "params", "MACs", "onnxruntime", "seconds")
+    heads = ("teacher", "params", "MACs", "speed in onnxruntime", "seconds")
     print("| network | op | images | seeds | " + " | ".join((*STAGES, *heads)) + " |")
     print("|---" * (len(STAGES) + len(heads) + 4) + "|")
     for key in dict.fromkeys((row["network"], row["op"], row["images"]) for row in rows):
@@ -157,7 +157,7 @@ def print_table(rows: list[dict[str, Any]], latencies: dict[str, dict[str, float
         print(
             f"| {key[0]} | {key[1]} | {key[2]:,} | {len(some)} | {' | '.join(scores)} | {100 * some[0]['teacher']:.2f} "
             f"| {some[0]['params']:,} | {some[0]['macs'] / 1e6:.2f} M ({fewer:.1f}x fewer) "
-            f"| {'not timed' if faster is None else f'{faster:.2f}x faster'} "
+            f"| {'not timed' if faster is None else f'{faster:.2f}x'} "
             f"| {statistics.mean(row['seconds'] for row in some):.0f} |"
         )
 
