@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# the tests run in one thread each, so that as many files as this are tested at a time
+# each test runs in one thread, so many of them side by side
 WORKERS ?= 2
 TEST    := $(BIN)/pytest --numprocesses=$(WORKERS) --dist=worksteal --durations=5
 

@@ -334,6 +334,25 @@ def test_a_short_trial_chooses_the_learning_rate() -> None:
     assert len(runs) == 4
 
 
+def test_the_polish_steps_by_muon_and_the_report_has_what_decided(
+    teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+    distill = _polish.distill
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        told.append(kwargs)
+        return distill(*args, **kwargs)
+
+    monkeypatch.setattr(_polish, "distill", note)
+    result = calibrate_and_report(teacher, cs.rewrite(teacher), IMAGES, **QUICK)
+    assert {(each["optimizer"], each["method"]) for each in told} == {("muon", "imitate")}
+    assert told[-1]["method_options"]["blocks"] == 10.0
+    stages = result.to_dict()["stages"]
+    assert all(stage["divergence"] > 0 for stage in stages)
+    assert stages[-1]["divergence"] <= stages[-2]["divergence"]
+
+
 def test_class_scores_are_ranked_by_their_divergence_and_others_by_their_error() -> None:
     scores = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
     same_classes = closeness([[scores + 5.0]], [[scores]])

@@ -66,6 +66,13 @@ def onnx_metadata(path: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
 
 
+def test_muon_comes_with_its_own_rate(tmp_path: Path) -> None:
+    program = prepare(tmp_path)
+    program("distill", *READER, *DIGITS, "--optimizer", "muon", "-o", "RUN").done()
+    config = json.loads((tmp_path / "RUN" / "config.json").read_text())
+    assert (config["optimizer"], config["learning_rate"], config["momentum"]) == ("muon", 0.02, 0.95)
+
+
 class TestFinishedRun:
     def test_folder(self, done: tuple[Program, Outcome]) -> None:
         program, _ = done
@@ -237,6 +244,7 @@ REFUSED = {
         ("--device", "cpu", "--precision", "fp16"),
         "precision fp16 needs a GPU; on a CPU use bf16 or no",
     ),
+    "unknown optimizer": (("--optimizer", "adam"), "optimizer must be one of sgd, muon, got 'adam'"),
     "unknown precision": (
         ("--precision", "int8"),
         "precision must be one of auto, no, bf16, fp16, got 'int8'",

@@ -245,7 +245,7 @@ class _Run:
     def _close(self, name: str, found: Closeness, note: str = "") -> None:
         seconds = round(time.monotonic() - self.stage_started, 1)
         score = None if self.judge is None else self.judge(self.student)
-        self.stages.append(Stage(name, found.agreement, found.error, seconds, note, score))
+        self.stages.append(Stage(name, found.agreement, found.error, seconds, note, score, found.divergence))
         self.judged += time.monotonic() - self.stage_started - seconds
         self.stage_started = time.monotonic()
         figures = {"error": found.error} | ({} if found.agreement is None else {"agreement": found.agreement})

@@ -19,6 +19,7 @@ class Stage:
         seconds: that the stage took.
         note: what was decided in it.
         score: what the caller's judge said of the student then.
+        divergence: of the class distributions, in nats, by which two students are compared; None as for `agreement`.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Stage:
     seconds: float
     note: str = ""
     score: float | None = None
+    divergence: float | None = None
 
 
 @dataclass(frozen=True)

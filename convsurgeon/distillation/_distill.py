@@ -58,7 +58,7 @@ def distill(
         student: what `rewrite` made of it.
         train: a DataLoader, an `ImageSet`, or another dataset of `(image, label)`.
         val: the same, to choose the best student by; without it the last one is kept.
-        method: who teaches whom: `joint`, `frozen`, `ensemble`, `supervised`.
+        method: who teaches whom: `joint`, `frozen`, `ensemble`, `imitate`, `supervised`.
         objective: in which loss.
         optimizer: `sgd`, or `muon`, which goes further in few steps.
         learning_rate: the peak; None for the optimiser's usual one, 0.1 and 0.02.
