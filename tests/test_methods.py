@@ -106,6 +106,27 @@ def test_blocks_lead_at_first_and_answers_decide_in_the_end() -> None:
     assert 0 < loss(1.0, blocks=4.0) < 1e-3 * both  # the answers, which differ by dropout alone
 
 
+def test_norms_are_frozen_in_the_last_steps() -> None:
+    method = no_dropout(make("imitate", options={"cutmix": 0.0, "frozen_norms": 0.25}))
+    norm = method.student.norm
+
+    def moves(progress: float) -> bool:
+        before, method.progress = norm.running_mean.clone(), progress
+        method(IMAGES, LABELS).loss.backward()
+        return not torch.equal(norm.running_mean, before)
+
+    assert [moves(progress) for progress in (0.0, 0.7, 0.75, 0.9, 0.1)] == [True, True, False, False, True]
+    method.progress = 0.9
+    torch.testing.assert_close(method(IMAGES, LABELS).student_BK, method.student.eval()(IMAGES))
+    assert norm.weight.grad.any()
+
+
+@pytest.mark.parametrize("option", ["cutmix", "frozen_norms"])
+def test_shares_of_imitation_are_shares(option: str) -> None:
+    with pytest.raises(cs.errors.OptionError, match=f"option {option} must be a share from 0 to 1, got 1.5"):
+        make("imitate", options={option: 1.5})
+
+
 @pytest.mark.parametrize("name", methods.names())
 def test_what_is_frozen_is_not_trained(name: str) -> None:
     student = cs.rewrite(tiny())

@@ -44,12 +44,14 @@ class Trial:
         images: how many to learn from, without labels; a fifth of them is held out.
         optimizer: `sgd`, `adamw` or `muon`.
         rate: the peak; `vector_rate` that of norms and biases with Muon.
+        shift: by how many pixels images are moved at most.
         blocks: weight of the blocks' outputs, and `blocks_end` what it has come to at the end.
         at: whose outputs are matched beside the answers: those of `blocks`, or of every `op`.
         local: the share of the steps, at the beginning, in which each block learns for itself from the
             teacher's inputs.
         temperature: of the answers.
         average: decay of an average of weights that is tested instead of the last weights; 0 for none.
+        frozen: the share of the steps, at the end, in which batch norm normalises by its running statistics.
         statistics: whether batch-norm statistics are estimated anew on the images at the end.
     """
 
@@ -64,12 +66,14 @@ class Trial:
     batch_size: int = 128
     steps: int = 1000
     cutmix: float = 0.5
+    shift: int = 3
     blocks: float = 1.0
     blocks_end: float | None = None
     at: str = "blocks"
     local: float = 0.0
     temperature: float = 4.0
     average: float = 0.0
+    frozen: float = 0.0
     statistics: bool = False
 
     def make_optimizer(self, student: nn.Module) -> torch.optim.Optimizer:
@@ -119,12 +123,16 @@ def polish(trial: Trial, teacher: nn.Module, student: nn.Module, images: Tensor,
     optimizer = trial.make_optimizer(student)
     training = Training(warmup=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: training.rate_at(step, trial.steps))
-    augment = Augmentation.usual((images.shape[-2], images.shape[-1]), flip=flip)
+    augment = Augmentation(shift=trial.shift, flip=flip)
     mixed_precision = not _in_full_precision(student)
     average = {key: value.clone() for key, value in student.state_dict().items()}
     order = torch.zeros(0, dtype=torch.int64)
     student.train()
+    norms = [module for module in student.modules() if isinstance(module, nn.BatchNorm2d)]
     for step in range(trial.steps):
+        if step >= (1 - trial.frozen) * trial.steps:
+            for norm in norms:
+                norm.eval()
         if len(order) < trial.batch_size:
             order = torch.randperm(len(images))
         chosen, order = order[: trial.batch_size], order[trial.batch_size :]

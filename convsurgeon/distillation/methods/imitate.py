@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from convsurgeon.distillation._blocks import block_names
 from convsurgeon.distillation.methods._base import AbstractMethod, Lesson, Setting, register
@@ -39,7 +40,10 @@ class Imitate(AbstractMethod):
 
     @dataclass(frozen=True)
     class Options:
-        """How much the blocks count at first, on what share of the batches pictures are mixed, and precision.
+        """How much the blocks count at first, on what share of the batches pictures are mixed, norms, and precision.
+
+        In the last steps, a share `frozen_norms` of all, batch norm normalises by its running statistics, as it will
+        in use: no batch then blurs what the answers are made of.
 
         With `full_precision` the student runs in its own float type, whatever the run's precision is, and only the
         teacher below it: on processors the gradients of depthwise convolutions are slower in bf16.
@@ -47,13 +51,15 @@ class Imitate(AbstractMethod):
 
         blocks: float = 1.0
         cutmix: float = 0.5
+        frozen_norms: float = 0.3
         full_precision: bool = False
 
         def __post_init__(self) -> None:
             if self.blocks < 0:
                 raise OptionError(f"imitate: option blocks must be 0 or more, got {self.blocks}")
-            if not 0 <= self.cutmix <= 1:
-                raise OptionError(f"imitate: option cutmix must be a share from 0 to 1, got {self.cutmix}")
+            for name in ("cutmix", "frozen_norms"):
+                if not 0 <= getattr(self, name) <= 1:
+                    raise OptionError(f"imitate: option {name} must be a share from 0 to 1, got {getattr(self, name)}")
 
     def set_up(self, setting: Setting) -> None:
         """Freeze the teacher, and find the blocks."""
@@ -61,6 +67,7 @@ class Imitate(AbstractMethod):
         self.teacher.requires_grad_(False)
         self.answers_are_scores = setting.classes > 0
         self.blocks = block_names(self.student, self.teacher, setting.sample[:2]) if self.options.blocks else []
+        self.norms = [part for part in self.student.modules() if isinstance(part, _BatchNorm)]
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the student; the teacher stays in eval mode."""
@@ -72,6 +79,8 @@ class Imitate(AbstractMethod):
     def forward(self, images: Tensor, labels: Tensor) -> Lesson:
         """Return the student's loss."""
         assert self.teacher is not None
+        for norm in self.norms:
+            norm.train(self.training and self.progress < 1 - self.options.frozen_norms)
         if images.dim() == 4 and float(torch.rand(())) < self.options.cutmix:
             images = cut_mix(images)
         with torch.no_grad(), _outputs(self.teacher, self.blocks) as wanted:
