@@ -51,7 +51,7 @@ class Imitate(AbstractMethod):
 
         blocks: float = 1.0
         cutmix: float = 0.5
-        frozen_norms: float = 0.3
+        frozen_norms: float = 0.5
         full_precision: bool = False
 
         def __post_init__(self) -> None:
