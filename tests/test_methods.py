@@ -15,6 +15,7 @@ import convsurgeon as cs
 from convsurgeon.distillation import methods, objectives
 from convsurgeon.distillation._features import split_at_features
 from convsurgeon.distillation.methods import AbstractMethod, Setting
+from convsurgeon.distillation.methods.imitate import relative_error
 
 IMAGES, LABELS = stripes(8)
 
@@ -104,6 +105,24 @@ def test_blocks_lead_at_first_and_answers_decide_in_the_end() -> None:
     assert loss(0.0, blocks=2.0) == pytest.approx(0.5 * both, rel=2e-3)
     assert loss(0.25, blocks=4.0) == pytest.approx(0.75 * both, rel=2e-3)
     assert 0 < loss(1.0, blocks=4.0) < 1e-3 * both  # the answers, which differ by dropout alone
+
+
+def test_relative_error_is_its_formula_and_keeps_the_layout_of_gradients() -> None:
+    t = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    s = (t + torch.randn(2, 3, 4, 5)).requires_grad_()
+    error = relative_error(s, t)
+    torch.testing.assert_close(error, (s - t).square().sum() / t.square().sum())
+    (gradient,) = torch.autograd.grad(error, s)
+    torch.testing.assert_close(gradient, 2 * (s - t) / t.square().sum())
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+    assert float(relative_error(torch.ones(4), torch.zeros(4))) == pytest.approx(1e12)
+
+
+def test_no_difference_has_no_gradient() -> None:
+    t = torch.randn(2, 3)
+    s = t.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(relative_error(s, t), s)
+    assert not gradient.any()
 
 
 def test_norms_are_frozen_in_the_last_steps() -> None:

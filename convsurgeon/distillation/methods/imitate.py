@@ -110,9 +110,10 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     and come along shortcuts to all layers before.
     """
     teacher = teacher.float()
-    norm: Tensor = torch.linalg.vector_norm(teacher)
-    floor = (1e-12 * teacher.numel()) ** 0.5
-    return (torch.linalg.vector_norm(student.float() - teacher) / norm.clamp_min(floor)).square()
+    least = (1e-12 * teacher.numel()) ** 0.5
+    error: Tensor = torch.linalg.vector_norm(student.float() - teacher)
+    error = error / torch.linalg.vector_norm(teacher).clamp_min(least)
+    return error.square()
 
 
 def cut_mix(images_BCHW: Tensor) -> Tensor:
