@@ -50,6 +50,7 @@ class Trial:
         local: the share of the steps, at the beginning, in which each block learns for itself from the
             teacher's inputs.
         temperature: of the answers.
+        mirrored: whether the teacher's answer is the mean of those for the image and for its mirror image.
         average: decay of an average of weights that is tested instead of the last weights; 0 for none.
         frozen: the share of the steps, at the end, in which batch norm normalises by its running statistics.
         statistics: whether batch-norm statistics are estimated anew on the images at the end.
@@ -72,6 +73,7 @@ class Trial:
     at: str = "blocks"
     local: float = 0.0
     temperature: float = 4.0
+    mirrored: bool = False
     average: float = 0.0
     frozen: float = 0.0
     statistics: bool = False
@@ -141,7 +143,9 @@ def polish(trial: Trial, teacher: nn.Module, student: nn.Module, images: Tensor,
             batch = cut_mix(batch)
         batch = batch.contiguous(memory_format=torch.channels_last)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            theirs = teacher(batch).float()
+            mirror_s = teacher(batch.flip(-1)).float() if trial.mirrored else None
+            theirs = teacher(batch).float()  # the last one, so that its blocks' outputs are those that stay
+            theirs = theirs if mirror_s is None else (theirs + mirror_s) / 2
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision):
             if step < trial.local * trial.steps:
                 pairs = [(student.get_submodule(name)(x.float()), y) for name, (x, y) in wanted.found.items()]
