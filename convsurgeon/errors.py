@@ -17,6 +17,7 @@
     ├── DataError                 missing, malformed or mismatched data
     ├── CalibrationError          a student that cannot be calibrated with these images and this teacher
     ├── DistillationError         a training run that cannot start, continue or resume
+    │   └── DivergenceError       one whose loss is no number any more
     ├── ExportError               no ONNX file could be made
     │   └── ParityError           it was made, and disagreed with PyTorch
     └── OutputError               a file cannot be written, or would be overwritten
@@ -100,6 +101,10 @@ class CalibrationError(ConvSurgeonError):
 
 class DistillationError(ConvSurgeonError):
     """A training run that cannot start, continue or resume."""
+
+
+class DivergenceError(DistillationError):
+    """A training run whose loss is no number any more."""
 
 
 class ExportError(ConvSurgeonError):

@@ -22,9 +22,9 @@ from convsurgeon.calibration._fit import fit_op
 from convsurgeon.calibration._moments import Gram, Rows
 from convsurgeon.calibration._norms import estimate_statistics
 from convsurgeon.calibration._sites import CalibrationSite, sites_in_order
-from convsurgeon.errors import CalibrationError, DataError
+from convsurgeon.errors import CalibrationError, DataError, DivergenceError
 from convsurgeon.ops import DepthwiseConv2d
-from convsurgeon.progress import Progress
+from convsurgeon.progress import Progress, Report, be_silent
 from convsurgeon.spec import ConvSpec
 from convsurgeon.testing import input_size, make_donor, specs
 
@@ -332,6 +332,37 @@ def test_a_short_trial_chooses_the_learning_rate() -> None:
     assert choose(run, prefers(True), Polish(learning_rate=0.1), 400, said.append) == (0.1, 0)
     assert choose(run, prefers(True), Polish(), 100, said.append) == (0.02, 0)
     assert len(runs) == 4
+
+
+@pytest.mark.parametrize("diverging", [(0.02,), (0.02, 0.005)])
+def test_a_polish_that_diverges_is_done_again_or_undone(
+    teacher: nn.Module, monkeypatch: pytest.MonkeyPatch, diverging: tuple[float, ...]
+) -> None:
+    distill, student, said = _polish.distill, cs.rewrite(teacher), []
+
+    def diverge(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["learning_rate"] in diverging and kwargs["report"] is not be_silent:
+            raise DivergenceError("the loss is nan at step 7")
+        return distill(*args, **kwargs)
+
+    monkeypatch.setattr(_polish, "distill", diverge)
+    result = calibrate_and_report(teacher, student, IMAGES, polish=Polish(steps=12), report=said.append)
+    assert [event.message for event in said if event.message.startswith("diverged")] == [
+        f"diverged at learning rate {rate:g}" for rate in diverging
+    ]
+    fitted = cs.calibrate(teacher, student, IMAGES, polish=False)
+    same = all(torch.equal(a, b) for a, b in zip(fitted.parameters(), result.student.parameters(), strict=True))
+    assert (result.stages[-1].note, same) == (("undone: it diverged", True) if len(diverging) == 2 else ("", False))
+    assert {p.requires_grad for p in result.student.parameters()} == {p.requires_grad for p in student.parameters()}
+
+
+def test_a_rate_that_diverges_in_its_trial_is_not_chosen() -> None:
+    def run(_steps: int, rate: float, _report: Report) -> tuple[nn.Module, float]:
+        if rate == 0.02:
+            raise DivergenceError("the loss is nan at step 7")
+        return nn.Identity(), 1.0
+
+    assert _polish._choose_rate(run, lambda _student: -1.0, Polish(), 400, be_silent)[0] == 0.005
 
 
 def test_the_polish_steps_by_muon_and_the_report_has_what_decided(

@@ -162,6 +162,9 @@ class _Run:
             seed=self.seed,
             report=self.report,
         )
+        if polished is None:
+            self._close("polish", before, "undone: it diverged")
+            return
         unpolished, self.student = self.student, polished
         after = self._closeness()
         note = ""

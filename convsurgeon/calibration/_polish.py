@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from convsurgeon.calibration._images import CalibrationImages
 from convsurgeon.distillation import Augmentation, Training, distill
+from convsurgeon.errors import DivergenceError
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.progress import Progress, Report, be_silent
 
@@ -57,10 +58,11 @@ def polish(
     rank: Rank,
     seed: int,
     report: Report,
-) -> nn.Module:
+) -> nn.Module | None:
     """Return the student after a run in which it imitates the teacher on the fitted images.
 
-    Says how long it is going to take before it starts. Ops learn whatever their `requires_grad` says.
+    Says how long it is going to take before it starts. Ops learn whatever their `requires_grad` says. A run that
+    diverges is done again at a lower learning rate; None where there is none left.
 
     Args:
         rank: says how close a student is to its teacher on images held out; more is closer.
@@ -111,8 +113,14 @@ def polish(
         )
     )
     rate, tried = _choose_rate(run, rank, settings, affordable, report)
-    polished, _ = run(affordable - tried, rate, lambda event: _pass_on(event, report))
-    for network in (student, polished):
+    polished: nn.Module | None = None
+    for lower in [rate, *(each for each in _RATES if each < rate)]:
+        try:
+            polished, _ = run(affordable - tried, lower, lambda event: _pass_on(event, report))
+            break
+        except DivergenceError:
+            report(Progress("polish", message=f"diverged at learning rate {lower:g}"))
+    for network in (student, polished or student):
         for name, flag in frozen.items():
             network.get_parameter(name).requires_grad_(flag)
     return polished
@@ -136,10 +144,17 @@ def _choose_rate(run: Run, rank: Rank, settings: Polish, affordable: int, report
         return settings.learning_rate, 0
     if steps < _FEWEST_STEPS:
         return _RATES[0], 0
-    ranks = {rate: rank(run(steps, rate, be_silent)[0]) for rate in _RATES}
+    ranks = {rate: _rank_after(run, rank, steps, rate) for rate in _RATES}
     best = max(ranks, key=lambda rate: ranks[rate])
     report(Progress("polish", message=f"learning rate {best:g}: closer than another one after {steps} steps"))
     return best, len(_RATES) * steps
+
+
+def _rank_after(run: Run, rank: Rank, steps: int, rate: float) -> float:
+    try:
+        return rank(run(steps, rate, be_silent)[0])
+    except DivergenceError:
+        return -math.inf
 
 
 def _time_step(run: Run) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from convsurgeon.distillation.methods import Lesson
-from convsurgeon.errors import DistillationError
+from convsurgeon.errors import DivergenceError
 from convsurgeon.progress import Progress, Report
 
 _REPORT_SECONDS = 0.25
@@ -65,7 +65,7 @@ class Watch:
     def check_finite(self, step: int) -> None:
         """Raise if the loss is no number any more."""
         if not torch.isfinite(self.sums["loss"]):
-            raise DistillationError(
+            raise DivergenceError(
                 f"the loss is {float(self.sums['loss'])} at step {step}: training diverged; "
                 "lower --learning-rate, or try --precision no"
             )
