@@ -378,7 +378,10 @@ def test_the_polish_steps_by_muon_and_the_report_has_what_decided(
     monkeypatch.setattr(_polish, "distill", note)
     result = calibrate_and_report(teacher, cs.rewrite(teacher), IMAGES, **QUICK)
     assert {(each["optimizer"], each["method"]) for each in told} == {("muon", "imitate")}
-    assert told[-1]["method_options"]["blocks"] == 10.0
+    assert {name: told[-1]["method_options"][name] for name in ("blocks", "frozen_norms")} == {
+        "blocks": 10.0,
+        "frozen_norms": 0.5,
+    }
     stages = result.to_dict()["stages"]
     assert all(stage["divergence"] > 0 for stage in stages)
     assert stages[-1]["divergence"] <= stages[-2]["divergence"]

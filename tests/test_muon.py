@@ -55,7 +55,7 @@ def test_norms_biases_and_what_has_no_gradient() -> None:
     optimizer = Muon([bias, still], lr=0.1, momentum=0.9)
     plain = torch.optim.SGD([reference], lr=0.1, momentum=0.9, nesterov=True)
     for step in range(3):
-        bias.grad, reference.grad = torch.full((3,), float(step)), torch.full((3,), float(step))
+        bias.grad, reference.grad = torch.full((3,), 0.2 * step), torch.full((3,), 0.2 * step)
         optimizer.step()
         plain.step()
     torch.testing.assert_close(bias, reference)
@@ -76,3 +76,18 @@ def test_a_closure_gives_the_loss() -> None:
     assert first == 12.0
     assert second is not None
     assert second < first
+
+
+def test_gradients_of_vectors_are_clipped_together_and_those_of_kernels_are_not() -> None:
+    shapes = [(3,), (4,), (2, 2)]
+    clipped, plain = ([nn.Parameter(torch.zeros(shape)) for shape in shapes] for _ in range(2))
+    gradients = [torch.full((3,), 2.0), torch.full((4,), -2.0), torch.tensor([[30.0, 0.0], [0.0, 40.0]])]
+    norm = (7 * 4.0) ** 0.5
+    for parameters, scale in ((clipped, 1.0), (plain, 0.5 / norm)):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient * (scale if gradient.dim() == 1 else 1.0)
+    Muon(clipped, max_norm=0.5).step()
+    Muon(plain, max_norm=9.0).step()
+    for a, b in zip(clipped, plain, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(clipped[2].grad, gradients[2])

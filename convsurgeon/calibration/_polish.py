@@ -37,6 +37,7 @@ class Polish:
         learning_rate: the peak of the schedule of Muon; None for the one that does better in a short trial.
         blocks: weight of the blocks' outputs beside the answers at first; it falls to 0.
         cutmix: share of the batches that are mixed, where the images are pictures.
+        frozen_norms: share of the steps, at the end, in which batch norm normalises by its running statistics.
         flip: whether half of the pictures are mirrored.
     """
 
@@ -46,6 +47,7 @@ class Polish:
     learning_rate: float | None = None
     blocks: float = 10.0
     cutmix: float = 0.5
+    frozen_norms: float = 0.5
     flip: bool = False
 
 
@@ -67,63 +69,81 @@ def polish(
     Args:
         rank: says how close a student is to its teacher on images held out; more is closer.
     """
-    pictures = images.fitted.dim() == 4 and images.fitted.shape[1] in (1, 3)
     train = images.fitted.cpu()
-    batch_size = min(settings.batch_size, len(train))
-    augmentation = Augmentation.usual((train.shape[-2], train.shape[-1]), flip=settings.flip) if pictures else None
+    run = _Imitation(teacher, student, train, min(settings.batch_size, len(train)), settings, seed)
     frozen = _thaw_ops(student)
+    step_seconds = _time_step(run)
+    affordable = max(_FEWEST_STEPS, min(settings.steps, int(settings.seconds / step_seconds)))
+    report(
+        Progress(
+            "polish",
+            message=f"polish: {affordable} steps of {run.batch_size} images, about "
+            f"{_minutes(affordable * step_seconds)} ({step_seconds:.2g} s a step)",
+        )
+    )
+    rate, tried = _choose_rate(run, rank, settings, affordable, report)
+    polished = _run_without_diverging(run, affordable - tried, rate, report)
+    for network in (student, polished or student):
+        for name, flag in frozen.items():
+            network.get_parameter(name).requires_grad_(flag)
+    return polished
 
-    def run(steps: int, rate: float, report: Report) -> tuple[nn.Module, float]:
+
+@dataclass(frozen=True)
+class _Imitation:
+    """Lets a copy of the student imitate the teacher for some steps; returns it, and the seconds that it took."""
+
+    teacher: nn.Module
+    student: nn.Module
+    train: Tensor
+    batch_size: int
+    settings: Polish
+    seed: int
+
+    def __call__(self, steps: int, rate: float, report: Report) -> tuple[nn.Module, float]:
+        settings, train = self.settings, self.train
+        pictures = train.dim() == 4 and train.shape[1] in (1, 3)
         loader: DataLoader[tuple[Tensor, ...]] = DataLoader(
             TensorDataset(train),
-            batch_size=batch_size,
+            batch_size=self.batch_size,
             shuffle=True,
             drop_last=True,
             generator=torch.Generator(),
         )
         per_pass = min(len(loader), steps)
         result = distill(
-            teacher,
-            student,
+            self.teacher,
+            self.student,
             loader,
             method="imitate",
             method_options={
                 "blocks": settings.blocks,
                 "cutmix": settings.cutmix if pictures else 0.0,
-                "full_precision": _in_full_precision(student),
+                "frozen_norms": settings.frozen_norms,
+                "full_precision": _in_full_precision(self.student),
             },
             epochs=math.ceil(steps / per_pass),
             limit_batches=per_pass,
-            batch_size=batch_size,
+            batch_size=self.batch_size,
             optimizer="muon",
             learning_rate=rate,
-            seed=seed,
-            augmentation=augmentation,
+            seed=self.seed,
+            augmentation=Augmentation.usual((train.shape[-2], train.shape[-1]), flip=settings.flip)
+            if pictures
+            else None,
             report=report,
         )
         return result.student, float(result.metrics["seconds"])
 
-    step_seconds = _time_step(run)
-    affordable = max(_FEWEST_STEPS, min(settings.steps, int(settings.seconds / step_seconds)))
-    report(
-        Progress(
-            "polish",
-            message=f"polish: {affordable} steps of {batch_size} images, about {_minutes(affordable * step_seconds)} "
-            f"({step_seconds:.2g} s a step)",
-        )
-    )
-    rate, tried = _choose_rate(run, rank, settings, affordable, report)
-    polished: nn.Module | None = None
-    for lower in [rate, *(each for each in _RATES if each < rate)]:
+
+def _run_without_diverging(run: Run, steps: int, rate: float, report: Report) -> nn.Module | None:
+    """Return the student after a run at a rate or, where it diverges, at a lower one; None where all diverge."""
+    for lower in (rate, *(each for each in _RATES if each < rate)):
         try:
-            polished, _ = run(affordable - tried, lower, lambda event: _pass_on(event, report))
-            break
+            return run(steps, lower, lambda event: _pass_on(event, report))[0]
         except DivergenceError:
             report(Progress("polish", message=f"diverged at learning rate {lower:g}"))
-    for network in (student, polished or student):
-        for name, flag in frozen.items():
-            network.get_parameter(name).requires_grad_(flag)
-    return polished
+    return None
 
 
 def _in_full_precision(student: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from torch.optim.optimizer import Optimizer
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -18,12 +19,13 @@ class Muon(Optimizer):
     """SGD with Nesterov momentum, in which a kernel moves by the nearest orthogonal matrix to its step.
 
     A kernel `(O, I, kh, kw)` is a matrix `(O, I * kh * kw)`; its steps are as large in the directions in which
-    the gradient is small. Parameters of one dimension, norms and biases, move by the plain step. torch's own
+    the gradient is small. Parameters of one dimension, norms and biases, move by the plain step, from gradients
+    whose norm, over all of them, is at most `max_norm`. torch's own
     `torch.optim.Muon` takes matrices only, one after the other; here, those of one shape are turned together.
 
     Reference:
         Jordan et al., 2024, "Muon: An optimizer for hidden layers in neural networks"; Liu et al., 2025,
-        arXiv:2502.16982.
+        arXiv:2502.16982. Clipping: Pascanu, Mikolov, Bengio, 2013, arXiv:1211.5063.
 
     Args:
         params: parameters or groups, as for any torch optimiser.
@@ -31,11 +33,19 @@ class Muon(Optimizer):
             a taller one.
         momentum: of the gradients.
         weight_decay: the share by which a weight shrinks in a step at rate 1.
+        max_norm: of the gradients of all parameters of one dimension together.
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[Any],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        *,
+        max_norm: float = 1.0,
     ) -> None:
+        self.max_norm = max_norm
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -45,6 +55,7 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        clip_grad_norm_([p for group in self.param_groups for p in group["params"] if p.dim() <= 1], self.max_norm)
         for group in self.param_groups:
             for parameters in _by_shape(group["params"]).values():
                 steps = [self._nesterov(parameter, group["momentum"]) for parameter in parameters]

@@ -43,7 +43,8 @@ class Imitate(AbstractMethod):
         """How much the blocks count at first, on what share of the batches pictures are mixed, norms, and precision.
 
         In the last steps, a share `frozen_norms` of all, batch norm normalises by its running statistics, as it will
-        in use: no batch then blurs what the answers are made of.
+        in use: no batch then blurs what the answers are made of. Nothing then holds activations in bounds, so that
+        the learning rate has to be small by then, or the gradients clipped, as Muon clips them.
 
         With `full_precision` the student runs in its own float type, whatever the run's precision is, and only the
         teacher below it: on processors the gradients of depthwise convolutions are slower in bf16.
@@ -51,7 +52,7 @@ class Imitate(AbstractMethod):
 
         blocks: float = 1.0
         cutmix: float = 0.5
-        frozen_norms: float = 0.5
+        frozen_norms: float = 0.0
         full_precision: bool = False
 
         def __post_init__(self) -> None:
