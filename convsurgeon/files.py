@@ -56,7 +56,7 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def refuse_to_overwrite(path: str | Path, *, force: bool = False) -> Path:
-    """Return `path`, or raise if something is there and `force` was not given, or its folder is not there.
+    """Return `path`, or raise if something is there and `force` was not given, or nothing can be written there.
 
     Raises:
         OutputError: naming the file and the way out.
@@ -73,6 +73,10 @@ def refuse_to_overwrite(path: str | Path, *, force: bool = False) -> Path:
         raise OutputError(f"{path} exists already; choose another name or say --force")
     if exists and not path.is_file():
         raise OutputError(f"{path} is no regular file; choose another name")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror} (folder {path.parent})") from error
     return path
 
 

@@ -206,7 +206,11 @@ def refusals() -> dict[str, tuple[str, str]]:
         ),
         "a polish of no time": (
             f"convert {named} --calibrate digits --polish-minutes 0",
-            "--polish-minutes must be above 0, got 0; or say --no-polish",
+            "--polish-minutes must be a number above 0, got 0; or say --no-polish",
+        ),
+        "a polish of endless time": (
+            f"convert {named} --calibrate digits --polish-minutes inf",
+            "--polish-minutes must be a number above 0, got inf; or say --no-polish",
         ),
         "no data": (f"evaluate {named}", which_data),
         "no data to learn from": (f"distill {named}", which_data),
@@ -547,6 +551,24 @@ class TestConvert:
         look = ("--calibrate", "digits", "--calibration-images", "20", "--no-polish")
         assert program("convert", "reader.pt", *TRUST, *look).error == "the disk is full"
         assert program.files() == before
+
+    @pytest.mark.parametrize(
+        ("output", "said"),
+        [
+            ("out.xyz", "out.xyz: a model is saved as .safetensors"),
+            ("/proc/out.pt", "cannot write /proc/out.pt: No such file or directory (folder /proc)"),
+        ],
+    )
+    def test_what_cannot_be_written_is_said_before_the_calibration(
+        self, program: Program, monkeypatch: pytest.MonkeyPatch, output: str, said: str
+    ) -> None:
+        digit_reader(program.folder)
+
+        def calibrate(*_args: object, **_more: object) -> None:
+            raise AssertionError("it went on")
+
+        monkeypatch.setattr("convsurgeon.cli._calibrating.CalibrationRequest.run", calibrate)
+        assert program("convert", "reader.pt", *TRUST, "--calibrate", "digits", "-o", output).error.startswith(said)
 
     def test_a_calibration_that_fails_writes_nothing(self, program: Program) -> None:
         write_pictures(program.folder / "few", each=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,10 @@ class CalibrationRequest:
         idle = [flag for flag, value in {**said, "--color": self.color}.items() if value is not None]
         if self.data is None and idle:
             raise OptionError(f"{idle[0]} is about images to calibrate with; say --calibrate DATA, too")
-        if self.polish_minutes <= 0:
-            raise OptionError(f"--polish-minutes must be above 0, got {self.polish_minutes:g}; or say --no-polish")
+        if not 0 < self.polish_minutes < math.inf:
+            raise OptionError(
+                f"--polish-minutes must be a number above 0, got {self.polish_minutes:g}; or say --no-polish"
+            )
 
     def load(self, model: nn.Module) -> tuple[Any, bool]:
         """Return the images, as the model takes them, and whether they may be mirrored."""

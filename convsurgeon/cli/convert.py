@@ -61,7 +61,7 @@ def run(
     """Replace standard convolutions by cheap ones, started from the dense weights, and write the student."""
     from convsurgeon.cli._calibrating import CalibrationRequest, draw, shape_of
     from convsurgeon.cli._models import check_ops, example_for, load_model, read_plan, selectors, set_threads
-    from convsurgeon.storage import default_output
+    from convsurgeon.storage import default_output, refuse_to_save
     from convsurgeon.surgery import plan as make_plan
     from convsurgeon.surgery import rewrite, survey
 
@@ -93,6 +93,8 @@ def run(
     )
     if example is None:
         say("note: no input shape is known, so there are no sizes and no MACs; say --input-shape 1,3,224,224 for them")
+    if not dry_run:
+        refuse_to_save(student, files.student, force=force)
     calibrated = None if images is None else calibration.run(network, student, images)
     if calibrated is not None:
         student = calibrated.student

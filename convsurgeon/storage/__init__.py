@@ -8,6 +8,15 @@ from convsurgeon.storage._checkpoints import load_checkpoint, save_checkpoint
 from convsurgeon.storage._load import load
 from convsurgeon.storage._model_args import parse_model_args
 from convsurgeon.storage._plans import read_plan
-from convsurgeon.storage._save import default_output, save
+from convsurgeon.storage._save import default_output, refuse_to_save, save
 
-__all__ = ["default_output", "load", "load_checkpoint", "parse_model_args", "read_plan", "save", "save_checkpoint"]
+__all__ = [
+    "default_output",
+    "load",
+    "load_checkpoint",
+    "parse_model_args",
+    "read_plan",
+    "refuse_to_save",
+    "save",
+    "save_checkpoint",
+]

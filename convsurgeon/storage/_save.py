@@ -21,6 +21,27 @@ _NAMED = ".safetensors"
 _EXPORTED = ".pt2"
 
 
+def refuse_to_save(student: nn.Module, path: str | Path, *, force: bool = False) -> Path:
+    """Return the path, or raise what `save` would raise before it writes anything."""
+    expect_module(student)
+    path = Path(path)
+    if path.suffix not in (*_PICKLED, _NAMED, _EXPORTED):
+        raise ModelError(
+            f"{path}: a model is saved as .safetensors (name, plan and weights), .pt (pickled module) "
+            "or .pt2 (exported program)"
+        )
+    if path.suffix == _NAMED and not _has_name(student):
+        raise ModelError(
+            f"{path}: .safetensors is for models built from a name with plain arguments, and this "
+            f"{type(student).__name__} was not; save it as {path.with_suffix('.pt').name}"
+        )
+    if path.suffix in _PICKLED:
+        _refuse_programs(student, path)
+        _refuse_script_classes(student, path)
+    refuse_to_overwrite(path, force=force)
+    return path
+
+
 def save(
     student: nn.Module, path: str | Path, *, force: bool = False, example_inputs: ExampleInputs | None = None
 ) -> Path:
@@ -39,22 +60,7 @@ def save(
         ModelError: if the model cannot be written in that form; nothing is left behind.
         OutputError: if the file exists and `force` is not given, the folder cannot be written to, or the disk is full.
     """
-    expect_module(student)
-    path = Path(path)
-    if path.suffix not in (*_PICKLED, _NAMED, _EXPORTED):
-        raise ModelError(
-            f"{path}: a model is saved as .safetensors (name, plan and weights), .pt (pickled module) "
-            "or .pt2 (exported program)"
-        )
-    if path.suffix == _NAMED and not _has_name(student):
-        raise ModelError(
-            f"{path}: .safetensors is for models built from a name with plain arguments, and this "
-            f"{type(student).__name__} was not; save it as {path.with_suffix('.pt').name}"
-        )
-    if path.suffix in _PICKLED:
-        _refuse_programs(student, path)
-        _refuse_script_classes(student, path)
-    refuse_to_overwrite(path, force=force)
+    path = refuse_to_save(student, path, force=force)
 
     def write(temporary: Path) -> None:
         if path.suffix == _EXPORTED:
