@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -11,18 +12,21 @@ from hypothesis import given, settings
 from nets import Shared, Tiny, Witness, conv, stripes, tiny
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import convsurgeon as cs
 from convsurgeon import ops
 from convsurgeon.calibration import CalibrationResult, Polish, _calibrate, _fit, _moments, _polish, calibrate_and_report
-from convsurgeon.calibration._answers import closeness
+from convsurgeon.calibration._answers import Closeness, closeness
 from convsurgeon.calibration._capture import Places, patches_of, targets_of
 from convsurgeon.calibration._fit import fit_op
+from convsurgeon.calibration._images import CalibrationImages, gather
 from convsurgeon.calibration._moments import Gram, Rows
 from convsurgeon.calibration._norms import estimate_statistics
+from convsurgeon.calibration._result import PolishRun, SiteFit
 from convsurgeon.calibration._sites import CalibrationSite, sites_in_order
-from convsurgeon.errors import CalibrationError, DataError, DivergenceError
+from convsurgeon.distillation._muon import Muon
+from convsurgeon.errors import CalibrationError, DataError, DivergenceError, OptionError
 from convsurgeon.ops import DepthwiseConv2d
 from convsurgeon.progress import Progress, Report, be_silent
 from convsurgeon.spec import ConvSpec
@@ -61,7 +65,7 @@ def test_patches_times_the_kernel_are_the_outputs(spec: ConvSpec) -> None:
     teacher, student = nn.Sequential(donor).eval(), nn.Sequential(op).eval()
     for count in (4, 10_000):
         site, places = sites_of(teacher, student, x)[0], Places(count, seed=3)
-        ((wanted,),) = targets_of(teacher, [site], [x], places)["0"]
+        ((wanted,),) = targets_of(teacher, [site], [x], {"0": places})["0"]
         ((patches,),) = patches_of(student, site, [x], places, calls=1)
         bias = 0 if donor.bias is None else donor.bias
         torch.testing.assert_close(patches @ donor.weight.flatten(1).mT + bias, wanted)
@@ -74,7 +78,7 @@ def test_padding_by_size_is_measured_where_the_op_runs() -> None:
     assert student[0].spec.pads_by_size
     x = torch.randn(2, 4, 8, 8)
     site, places = sites_of(teacher, student, x)[0], Places(100, seed=0)
-    ((wanted,),) = targets_of(teacher, [site], [x], places)["0"]
+    ((wanted,),) = targets_of(teacher, [site], [x], {"0": places})["0"]
     ((patches,),) = patches_of(student, site, [x], places, calls=1)
     torch.testing.assert_close(patches @ teacher[0].weight.flatten(1).mT + teacher[0].bias, wanted)
 
@@ -165,11 +169,11 @@ def test_a_polish_that_agrees_less_is_undone(teacher: nn.Module, monkeypatch: py
     student = cs.rewrite(teacher)
     fitted = cs.calibrate(teacher, student, IMAGES, polish=False)
 
-    def spoil(_teacher: nn.Module, student: nn.Module, *_others: Any, **_more: Any) -> nn.Module:
+    def spoil(_teacher: nn.Module, student: nn.Module, *_others: Any, **_more: Any) -> PolishRun:
         spoilt = copy.deepcopy(student)
         with torch.no_grad():
             spoilt.fc.weight.mul_(-1)
-        return spoilt
+        return PolishRun(spoilt, 1, 0.02, 64)
 
     monkeypatch.setattr(_calibrate, "run_polish", spoil)
     result = calibrate_and_report(teacher, student, IMAGES)
@@ -184,15 +188,23 @@ def test_large_sites_are_fitted_on_rows(teacher: nn.Module, monkeypatch: pytest.
     assert with_rows.sites[0].after == pytest.approx(with_gram.sites[0].after, rel=0.02)
 
 
-def test_statistics_are_averages_over_the_batches() -> None:
+def test_statistics_are_averages_over_the_images() -> None:
     net = nn.Sequential(nn.BatchNorm2d(2), nn.Dropout(0.5), nn.BatchNorm2d(2)).eval()
-    batches = [torch.randn(4, 2, 5, 5) * 3 + 1 for _ in range(3)]
+    batches = [torch.randn(count, 2, 5, 5) * 3 + count for count in (6, 6, 2)]
     estimate_statistics(net, batches)
-    means = torch.stack([batch.mean(dim=(0, 2, 3)) for batch in batches]).mean(0)
-    torch.testing.assert_close(net[0].running_mean, means)
+    torch.testing.assert_close(net[0].running_mean, torch.cat(batches).mean(dim=(0, 2, 3)))
     torch.testing.assert_close(net[2].running_mean, torch.zeros(2), atol=1e-5, rtol=0)  # no dropout in between
     assert net[0].momentum == 0.1
     assert not any(module.training for module in net.modules())
+
+
+def test_no_batch_has_one_image_only() -> None:
+    large = CalibrationImages(torch.zeros(9, 1, 1024, 1024), torch.zeros(2, 1, 1024, 1024))
+    assert [len(batch) for batch in large.batches()] == [2, 2, 2, 3]
+    assert [len(batch) for batch in large.batches(held=True)] == [2]
+    small = CalibrationImages(torch.arange(257.0)[:, None], torch.zeros(2, 1))
+    assert [len(batch) for batch in small.batches()] == [128, 129]
+    assert torch.equal(torch.cat(small.batches()), small.fitted)
 
 
 # --- what comes out
@@ -389,16 +401,37 @@ def test_the_polish_steps_by_muon_and_the_report_has_what_decided(
 
 def test_class_scores_are_ranked_by_their_divergence_and_others_by_their_error() -> None:
     scores = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
-    same_classes = closeness([[scores + 5.0]], [[scores]])
+    same_classes = closeness([[scores + 5.0]], [[scores]], scores=True)
     assert same_classes.agreement == 1.0
     assert same_classes.error > 1.0
     assert same_classes.rank == pytest.approx(0.0, abs=1e-12)
-    far = closeness([[2 * scores]], [[scores]])
+    far = closeness([[2 * scores]], [[scores]], scores=True)
     target = scores.softmax(1)
     expected = (target * (target.log() - (2 * scores).softmax(1).log())).sum(1).mean()
     assert -far.rank == pytest.approx(float(expected), rel=1e-5)
     maps = torch.rand(2, 1, 4, 4)
-    assert closeness([[2 * maps]], [[maps]]).rank == pytest.approx(-1.0)
+    assert closeness([[2 * maps]], [[maps]], scores=False).rank == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize("steps", [11, 17])
+def test_the_polish_takes_as_many_steps_as_it_was_told(
+    teacher: nn.Module, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    taken: list[int] = []
+    distill, step = _polish.distill, Muon.step
+
+    def begin(*args: Any, **kwargs: Any) -> Any:
+        taken.append(0)
+        return distill(*args, **kwargs)
+
+    def count(self: Muon, closure: Any = None) -> Any:
+        taken[-1] += 1
+        return step(self, closure)
+
+    monkeypatch.setattr(_polish, "distill", begin)
+    monkeypatch.setattr(Muon, "step", count)
+    cs.calibrate(teacher, cs.rewrite(teacher), IMAGES, polish=Polish(steps=steps, batch_size=20))
+    assert taken[-1] == steps
 
 
 def test_progress_says_what_the_polish_will_take(teacher: nn.Module) -> None:
@@ -417,6 +450,198 @@ def test_targets_that_do_not_fit_into_memory_are_taken_in_turns(
     monkeypatch.setattr(_calibrate, "_TARGET_BYTES", 1)
     in_turns = calibrate_and_report(net, cs.rewrite(net), IMAGES, polish=False)
     assert at_once.sites == in_turns.sites
+
+
+class Boxes(Tiny):
+    """Answers with four numbers an image that are pixels, none of them below 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 20 * super().forward(x).sigmoid() + 3
+
+
+@pytest.mark.parametrize(
+    ("network", "answers", "are_scores"),
+    [
+        (Tiny, "auto", True),
+        (Boxes, "auto", False),
+        (Tiny, "values", False),
+        (Boxes, "scores", True),
+    ],
+)
+def test_what_kind_of_answers_are_matched(
+    network: type[nn.Module], answers: Any, are_scores: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+    distill = _polish.distill
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        told.append(kwargs["method_options"])
+        return distill(*args, **kwargs)
+
+    monkeypatch.setattr(_polish, "distill", note)
+    torch.manual_seed(0)
+    teacher = network()
+    result = calibrate_and_report(teacher, cs.rewrite(teacher), IMAGES, answers=answers, **QUICK)
+    assert all((stage.agreement is not None) is are_scores for stage in result.stages)
+    assert {each["answers"] for each in told} == {"scores" if are_scores else "values"}
+    with pytest.raises(OptionError, match="answers must be one of auto, scores, values, got 'boxes'"):
+        cs.calibrate(teacher, cs.rewrite(teacher), IMAGES, answers="boxes")  # type: ignore[arg-type]
+
+
+class Auxiliary(Tiny):
+    """Answers with a second head while it trains."""
+
+    def forward(self, x: Tensor) -> Any:
+        scores = super().forward(x)
+        return (scores, scores[:, :2]) if self.training else scores
+
+
+def test_what_is_answered_in_training_only_is_left_alone() -> None:
+    torch.manual_seed(0)
+    teacher = Auxiliary().eval()
+    result = calibrate_and_report(teacher, cs.rewrite(teacher), IMAGES, **QUICK)
+    assert result.stages[-1].error < result.stages[0].error
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_it_trains_where_gradients_are_switched_off(teacher: nn.Module, around: Any) -> None:
+    wanted = cs.calibrate(teacher, cs.rewrite(teacher), IMAGES, **QUICK)
+    with around():
+        images = IMAGES + 0
+        found = cs.calibrate(teacher, cs.rewrite(teacher), images, **QUICK)
+    assert all(torch.equal(a, b) for a, b in zip(wanted.parameters(), found.parameters(), strict=True))
+    assert not any(parameter.is_inference() for parameter in found.parameters())
+
+
+class Odd(nn.Module):
+    """Convolves the first image only, an image without its batch, and pairs of images side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.bare, self.folded = conv(1, 8), conv(8, 8), conv(8, 8), conv(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.first(x[:1])
+        x = x + self.bare(x[0])
+        twice = self.folded(torch.cat([x, -x]))
+        return (twice[: len(x)] + twice[len(x) :]).mean(dim=(2, 3))
+
+
+def test_convolutions_that_see_other_batches() -> None:
+    torch.manual_seed(0)
+    teacher = Odd().eval()
+    result = calibrate_and_report(teacher, cs.rewrite(teacher), IMAGES, polish=False)
+    sites = {site.fqn: site for site in result.sites}
+    assert list(sites) == ["first", "folded", "bare"]
+    assert all(sites[fqn].after < sites[fqn].before for fqn in ("first", "folded"))
+    assert sites["bare"] == SiteFit("bare", None, None, None, "takes one image without a batch; as it was")
+
+
+def test_large_sites_keep_a_bounded_sample_and_say_so(teacher: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_moments, "_GRAM_FEATURES", 10)
+    monkeypatch.setattr(_moments, "_ROWS", 200)
+    result = calibrate_and_report(teacher, cs.rewrite(teacher), IMAGES, polish=False)
+    assert result.sites[0].note == "fitted on a sample of 192 positions"
+    assert result.sites[0].after < result.sites[0].before
+
+
+@pytest.mark.parametrize("moments", [Gram, Rows])
+def test_a_large_fit_gets_fewer_iterations(moments: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, donor = DepthwiseConv2d.build(ConvSpec(4, 4, (3, 3)), {}), torch.randn(4, 36)
+    parts = [moments(36, 4, torch.device("cpu")) if moments is Gram else moments() for _ in range(2)]
+    for part in parts:
+        x = torch.randn(50, 36)
+        part.add(x, x @ donor.mT)
+    asked: list[int] = []
+    lbfgs = torch.optim.LBFGS
+
+    def note(*args: Any, max_iter: int, **kwargs: Any) -> Any:
+        asked.append(max_iter)
+        return lbfgs(*args, max_iter=max_iter, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "LBFGS", note)
+    fit_op(copy.deepcopy(op), donor, *parts)
+    assert asked == [25, 25, 25, 150]
+    asked.clear()
+    # the trials see the fitted rows alone, the last run those held out, too
+    monkeypatch.setattr(_fit, "_WORK", 225 * (4 * 36 * 36 if moments is Gram else 2 * 4 * 36 * 100) / 3)
+    fit_op(copy.deepcopy(op), donor, *parts)
+    assert asked == ([10, 10, 10, 50] if moments is Gram else [16, 16, 16, 50])
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ({"limit": 10.5}, "limit, the number of calibration images, must be a whole number from 10, got 10.5"),
+        ({"limit": "50"}, "limit, the number of calibration images, must be a whole number from 10, got '50'"),
+        ({"limit": 9}, "limit, the number of calibration images, must be a whole number from 10, got 9"),
+    ],
+)
+def test_limits_that_are_refused(teacher: nn.Module, what: Any, said: str) -> None:
+    with pytest.raises(DataError, match=re.escape(said)):
+        cs.calibrate(teacher, cs.rewrite(teacher), IMAGES, **what)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"batch_size": 0}, {"steps": -1}, {"seconds": float("nan")}, {"learning_rate": 0.0}]
+)
+def test_a_polish_of_nothing_is_refused(setting: Any) -> None:
+    ((name, value),) = setting.items()
+    with pytest.raises(OptionError, match=f"Polish: {name} must be a number above 0, got {value}"):
+        Polish(**setting)
+
+
+def test_half_precision_is_fitted_and_not_polished(teacher: nn.Module) -> None:
+    half = copy.deepcopy(teacher).half()
+    with pytest.raises(CalibrationError, match=r"conv1\.weight is torch\.float16, in which the polish cannot train"):
+        cs.calibrate(half, cs.rewrite(half), IMAGES)
+
+
+def test_whatever_a_forward_raises_is_one_line() -> None:
+    class Lookup(Tiny):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward({28: x}[x.shape[-1]])
+
+    teacher = Lookup()
+    with pytest.raises(CalibrationError, match="the student cannot take images of 1x8x8: KeyError: 8; give them as it"):
+        cs.calibrate(teacher, cs.rewrite(teacher, example_inputs=torch.zeros(1, 1, 28, 28)), IMAGES)
+
+
+class Stream(IterableDataset[Any]):
+    """Gives images and labels one by one, or in batches."""
+
+    def __init__(self, *, batched: bool) -> None:
+        self.batched = batched
+
+    def __iter__(self) -> Any:
+        return iter(
+            [(IMAGES[:40], LABELS[:40]), (IMAGES[40:], LABELS[40:])]
+            if self.batched
+            else zip(IMAGES, LABELS, strict=True)
+        )
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_streams_of_samples_and_of_batches(batched: bool) -> None:
+    taken = gather(Stream(batched=batched), limit=50, seed=0)
+    assert torch.equal(torch.cat([taken.held, taken.fitted]).sum(), IMAGES[:50].sum())
+    assert (len(taken.fitted), len(taken.held)) == (40, 10)
+
+
+def test_whole_numbers_in_a_dataset_are_refused(teacher: nn.Module) -> None:
+    pixels = TensorDataset((IMAGES * 255).to(torch.uint8))
+    with pytest.raises(DataError, match=r"must be a float batch, prepared as the network takes it, got torch\.uint8"):
+        cs.calibrate(teacher, cs.rewrite(teacher), pixels)
+
+
+def test_a_polish_that_agrees_on_fewer_says_so(teacher: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([Closeness(0.9, 0.5, 0.3), Closeness(0.9, 0.4, 0.2), Closeness(0.8, 0.3, 0.1)])
+    monkeypatch.setattr(_calibrate._Run, "statistics", lambda _self: None)
+    monkeypatch.setattr(_calibrate._Run, "fit", lambda _self: None)
+    monkeypatch.setattr(_calibrate, "closeness", lambda *_args, **_more: next(found))
+    result = calibrate_and_report(teacher, cs.rewrite(teacher), IMAGES, **QUICK)
+    assert result.stages[-1].note == "kept: closer in all, though it agrees on fewer images"
 
 
 def test_the_result_as_plain_data(teacher: nn.Module) -> None:

@@ -544,10 +544,10 @@ class TestConvert:
         digit_reader(program.folder)
         before = program.files()
 
-        def fail(*_args: object) -> None:
+        def fail(*_args: object, **_more: object) -> None:
             raise cs.errors.OutputError("the disk is full")
 
-        monkeypatch.setattr("convsurgeon.cli._calibrating.write_report", fail)
+        monkeypatch.setattr("convsurgeon.storage.save", fail)
         look = ("--calibrate", "digits", "--calibration-images", "20", "--no-polish")
         assert program("convert", "reader.pt", *TRUST, *look).error == "the disk is full"
         assert program.files() == before

@@ -48,15 +48,25 @@ def answers_of(network: nn.Module, batches: Sequence[Tensor]) -> list[list[Tenso
     return [[leaf.float().cpu() for leaf in float_leaves(network(images))] for images in batches]
 
 
-def closeness(student: Sequence[Sequence[Tensor]], teacher: Sequence[Sequence[Tensor]]) -> Closeness:
+def look_like_scores(answers: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether the first of a network's answers look like class scores, over all batches."""
+    firsts = [leaves[0] for leaves in answers if leaves]
+    return len({first.shape[1:] for first in firsts}) == 1 and is_class_scores(torch.cat(firsts))
+
+
+def closeness(student: Sequence[Sequence[Tensor]], teacher: Sequence[Sequence[Tensor]], *, scores: bool) -> Closeness:
     """Compare two networks' answers to the same batches.
+
+    Args:
+        student: for each batch, the float tensors of the answer.
+        teacher: the same of the teacher.
+        scores: whether the first tensor of each is a row of class scores an image.
 
     Raises:
         CalibrationError: if their shapes differ.
     """
     same = images = 0
     missed = energy = divergence = 0.0
-    scores = all(is_class_scores(leaves[0]) for leaves in teacher if leaves)
     for mine, theirs in zip(student, teacher, strict=True):
         shapes = [[tuple(leaf.shape) for leaf in leaves] for leaves in (mine, theirs)]
         if shapes[0] != shapes[1] or not shapes[1]:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from convsurgeon.calibration._answers import Closeness, answers_of, closeness
+from convsurgeon.calibration._answers import Closeness, answers_of, closeness, look_like_scores
 from convsurgeon.calibration._capture import Places, patches_of, targets_of
 from convsurgeon.calibration._fit import Fit, fit_op
 from convsurgeon.calibration._images import CalibrationImages, gather
-from convsurgeon.calibration._moments import AbstractMoments, Gram, Rows, keeps_gram
+from convsurgeon.calibration._moments import AbstractMoments, Gram, Rows, keeps_gram, rows_an_image
 from convsurgeon.calibration._norms import estimate_statistics, put_statistics, statistics_of
 from convsurgeon.calibration._polish import Polish
 from convsurgeon.calibration._polish import polish as run_polish
-from convsurgeon.calibration._result import CalibrationResult, SiteFit, Stage
+from convsurgeon.calibration._result import CalibrationResult, PolishRun, SiteFit, Stage, peak_memory
 from convsurgeon.calibration._sites import CalibrationSite, sites_in_order
+from convsurgeon.errors import CalibrationError, OptionError
 from convsurgeon.progress import Progress, Report, be_silent
 from convsurgeon.surgery import copy_module, expect_module, in_mode
 
 Judge = Callable[[nn.Module], float]
+Answers = Literal["auto", "scores", "values"]
 
 _POSITIONS = 64
 _TARGET_BYTES = 10**9
@@ -37,6 +38,7 @@ def calibrate(
     images: Any,
     *,
     polish: bool | Polish = True,
+    answers: Answers = "auto",
     limit: int = 2048,
     seed: int = 0,
     report: Report = be_silent,
@@ -54,6 +56,8 @@ def calibrate(
         student: what `rewrite` made of it, trained since or not.
         images: a tensor `(N, C, H, W)`, a dataset, or batches, as the networks take them; labels are ignored.
         polish: False leaves it out; a `Polish` says how.
+        answers: `scores` are compared as class distributions, `values` (boxes, maps, shares) by their squared
+            error; `auto` takes for scores what is one row an image with some numbers below 0.
         limit: how many images to use.
         seed: of the choice of images and positions, and of the polish.
         report: receives `Progress` events.
@@ -62,7 +66,9 @@ def calibrate(
         CalibrationError: if the student has no op, or does not come from this teacher.
         DataError: if the images do not serve.
     """
-    return calibrate_and_report(teacher, student, images, polish=polish, limit=limit, seed=seed, report=report).student
+    return calibrate_and_report(
+        teacher, student, images, polish=polish, answers=answers, limit=limit, seed=seed, report=report
+    ).student
 
 
 def calibrate_and_report(
@@ -71,6 +77,7 @@ def calibrate_and_report(
     images: Any,
     *,
     polish: bool | Polish = True,
+    answers: Answers = "auto",
     limit: int = 2048,
     seed: int = 0,
     judge: Judge | None = None,
@@ -82,17 +89,31 @@ def calibrate_and_report(
         judge: called with the student after each stage, in eval mode and not to be changed; what it returns,
             such as an accuracy on labelled images, is kept as the stage's score and decides nothing.
     """
-    expect_module(teacher)
-    expect_module(student)
-    taken = gather(images, limit=limit, seed=seed)
-    run = _Run(teacher, student, taken, seed=seed, judge=judge, report=report)
-    with torch.random.fork_rng(devices=[]):
+    started = time.monotonic()
+    if answers not in get_args(Answers):
+        raise OptionError(f"answers must be one of {', '.join(get_args(Answers))}, got {answers!r}")
+    for network in (teacher, student):
+        expect_module(network)
+        if polish:
+            _refuse_low_precision(network)
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        taken = gather(images, limit=limit, seed=seed)
+        run = _Run(teacher, student, taken, answers=answers, seed=seed, started=started, judge=judge, report=report)
         run.closed_form()
         run.statistics()
         run.fit()
         if polish:
             run.polish(polish if isinstance(polish, Polish) else Polish())
     return run.result()
+
+
+def _refuse_low_precision(network: nn.Module) -> None:
+    for name, parameter in network.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize < torch.float32.itemsize:
+            raise CalibrationError(
+                f"{name} is {parameter.dtype}, in which the polish cannot train; calibrate in float32, "
+                "network.float(), and lower the precision afterwards, or leave the polish out"
+            )
 
 
 class _Run:
@@ -104,7 +125,9 @@ class _Run:
         student: nn.Module,
         images: CalibrationImages,
         *,
+        answers: Answers,
         seed: int,
+        started: float,
         judge: Judge | None,
         report: Report,
     ) -> None:
@@ -113,10 +136,12 @@ class _Run:
         self.images, self.seed, self.judge, self.report = images.like(self.student), seed, judge, report
         self.stages: list[Stage] = []
         self.fits: list[SiteFit] = []
-        self.started = self.stage_started = time.monotonic()
+        self.started, self.stage_started = started, time.monotonic()
         self.judged = 0.0
+        self.polish_run: PolishRun | None = None
         self.sites, self.idle = sites_in_order(self.teacher, self.student, self.images.fitted[:2])
         self.wanted = answers_of(self.teacher, self.images.batches(held=True))
+        self.scores = look_like_scores(self.wanted) if answers == "auto" else answers == "scores"
 
     def closed_form(self) -> None:
         """Look at the student as it came."""
@@ -134,10 +159,10 @@ class _Run:
     def fit(self) -> None:
         """Fit every op in order of execution, then estimate batch-norm statistics, and keep what is better."""
         for chunk in self._chunks():
-            places = Places(_POSITIONS, self.seed)
+            places = {site.fqn: self._places(site) for site in chunk}
             targets = targets_of(self.teacher, chunk, self.images.batches(), places)
             for site in chunk:
-                self._fit_site(site, targets.pop(site.fqn), places)
+                self._fit_site(site, targets.pop(site.fqn), places[site.fqn])
         fitted, before = self._closeness(), statistics_of(self.student)
         note = ""
         if before:
@@ -153,35 +178,40 @@ class _Run:
     def polish(self, settings: Polish) -> None:
         """Let the student imitate the teacher; what was better before is kept."""
         before = self._closeness()
-        polished = run_polish(
+        self.polish_run = run = run_polish(
             self.teacher,
             self.student,
             self.images,
             settings,
+            scores=self.scores,
             rank=lambda student: self._closeness(student).rank,
             seed=self.seed,
             report=self.report,
         )
-        if polished is None:
+        if run.student is None:
             self._close("polish", before, "undone: it diverged")
             return
-        unpolished, self.student = self.student, polished
+        unpolished, self.student = self.student, run.student
         after = self._closeness()
         note = ""
         if after.rank < before.rank:
             self.student, after, note = unpolished, before, "undone: it was further off"
+        elif after.agreement is not None and before.agreement is not None and after.agreement < before.agreement:
+            note = "kept: closer in all, though it agrees on fewer images"
         self._close("polish", after, note)
 
     def result(self) -> CalibrationResult:
         """Return everything."""
-        idle = [SiteFit(fqn, 0.0, 0.0, 0.0, "does not run on these images; as it was") for fqn in self.idle]
+        idle = [SiteFit(fqn, None, None, None, note) for fqn, note in self.idle.items()]
         return CalibrationResult(
             in_mode(self.student, training=False),
             tuple(self.stages),
             (*self.fits, *idle),
             (len(self.images.fitted), len(self.images.held)),
             time.monotonic() - self.started - self.judged,
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_memory(),
+            self.seed,
+            self.polish_run,
         )
 
     def _chunks(self) -> Iterator[Sequence[CalibrationSite]]:
@@ -189,12 +219,17 @@ class _Run:
         chunk: list[CalibrationSite] = []
         size = 0
         for site in self.sites:
-            size += len(self.images.fitted) * _POSITIONS * site.op.out_channels * 4 * site.calls
+            size += len(self.images.fitted) * self._places(site).count * site.op.out_channels * 4 * site.calls
             if chunk and size > _TARGET_BYTES:
                 yield chunk
                 chunk, size = [], 0
             chunk.append(site)
         yield chunk
+
+    def _places(self, site: CalibrationSite) -> Places:
+        if keeps_gram(site.kernel[0].numel()):
+            return Places(_POSITIONS, self.seed)
+        return Places(rows_an_image(len(self.images.fitted) * site.calls, most=_POSITIONS), self.seed)
 
     def _fit_site(self, site: CalibrationSite, targets: list[list[Tensor]], places: Places) -> None:
         donor_OF = site.kernel.flatten(1)
@@ -205,7 +240,10 @@ class _Run:
             found = fit_op(site.op, donor_OF, *moments)
             fit = found if fit is None else Fit(found.before, found.after, found.ridge)
         assert fit is not None
-        self.fits.append(SiteFit(site.fqn, fit.before, fit.after, fit.ridge))
+        note = (
+            "" if isinstance(moments[0], Gram) else f"fitted on a sample of {sum(m.rows for m in moments):,} positions"
+        )
+        self.fits.append(SiteFit(site.fqn, fit.before, fit.after, fit.ridge, note))
         self.report(
             Progress(
                 "fit",
@@ -230,12 +268,13 @@ class _Run:
         passes = patches_of(self.student, site, self.images.batches(), places, calls=calls)
         seen = 0
         for images, inputs, outputs in zip(self.images.batches(), passes, targets, strict=True):
-            held_B = torch.arange(seen, seen + len(images), device=site.kernel.device) % _EVERY == 0
-            seen += len(images)
             for x_NF, y_NO in zip(inputs, outputs, strict=False):
-                held_N = held_B.repeat_interleave(len(x_NF) // len(images))
+                # all positions of an image go to one part; some networks see more or fewer than there are in a batch
+                image_N = torch.arange(len(x_NF), device=site.kernel.device) * len(images) // len(x_NF)
+                held_N = (seen + image_N) % _EVERY == 0
                 for part, chosen_N in zip(parts, (~held_N, held_N), strict=True):
                     part.add(x_NF[chosen_N].float(), y_NO[chosen_N].float() - bias)
+            seen += len(images)
         return parts
 
     def _seconds_left(self) -> float:
@@ -243,7 +282,8 @@ class _Run:
         return (time.monotonic() - self.stage_started) / done * (len(self.sites) - done)
 
     def _closeness(self, student: nn.Module | None = None) -> Closeness:
-        return closeness(answers_of(student or self.student, self.images.batches(held=True)), self.wanted)
+        given = answers_of(student or self.student, self.images.batches(held=True))
+        return closeness(given, self.wanted, scores=self.scores)
 
     def _close(self, name: str, found: Closeness, note: str = "") -> None:
         seconds = round(time.monotonic() - self.stage_started, 1)

@@ -41,15 +41,15 @@ class Places:
 
 
 def targets_of(
-    teacher: nn.Module, sites: Sequence[CalibrationSite], batches: Sequence[Tensor], places: Places
+    teacher: nn.Module, sites: Sequence[CalibrationSite], batches: Sequence[Tensor], places: Mapping[str, Places]
 ) -> dict[str, list[list[Tensor]]]:
-    """Run the teacher once and return, for each site, batch and call, its outputs `(B * N, O)` at the places."""
+    """Run the teacher once and return, for each site, batch and call, its outputs `(B * N, O)` at its places."""
     found: dict[str, list[list[Tensor]]] = {site.fqn: [] for site in sites}
 
     def note(fqn: str, out_BOPQ: Tensor) -> None:
         index, calls = len(found[fqn]) - 1, found[fqn][-1]
         batch, _, *size = out_BOPQ.shape
-        places_BN = places.choose((size[0], size[1]), batch, index=index, call=len(calls))
+        places_BN = places[fqn].choose((size[0], size[1]), batch, index=index, call=len(calls))
         calls.append(_rows(out_BOPQ, places_BN))
 
     with _watching(sites, note), torch.no_grad():

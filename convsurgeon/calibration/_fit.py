@@ -15,7 +15,7 @@ _RIDGES = (1e-4, 1e-3, 1e-2)
 _CHOICE_RIDGE = 1e-3
 _ITERATIONS, _TRIAL_ITERATIONS = 150, 25
 _WORK = 3e12
-"""Multiply-adds that the fit of one op may take; a large one gets fewer iterations."""
+"""Multiply-adds that the fit of one op may take, trials of the ridge included; a large one gets fewer iterations."""
 _FEWEST = 10
 
 
@@ -81,10 +81,11 @@ def _minimise(op: AbstractCheapConv, donor_OF: Tensor, moments: AbstractMoments,
     parameters = _fitted_parameters(op)
     strength = ridge * moments.feature_energy
     scale = max(moments.energy, torch.finfo(torch.float64).tiny)
-    cost = donor_OF.numel() * donor_OF.shape[1]
+    in_all = len(_RIDGES) * _TRIAL_ITERATIONS + _ITERATIONS
+    share = min(1.0, _WORK / (in_all * moments.product_cost(len(donor_OF))))
     optimizer = torch.optim.LBFGS(
         parameters,
-        max_iter=max(_FEWEST, min(iterations, int(_WORK / cost))),
+        max_iter=max(_FEWEST, int(share * iterations)),
         history_size=20,
         tolerance_grad=0,
         tolerance_change=1e-9,

@@ -36,10 +36,14 @@ class CalibrationImages:
         return CalibrationImages(self.fitted.to(first.device, first.dtype), self.held.to(first.device, first.dtype))
 
     def batches(self, *, held: bool = False) -> list[Tensor]:
-        """Return views of up to 128 images, fewer where they are large."""
+        """Return views of up to 128 images, fewer where they are large, but of two at least."""
         images = self.held if held else self.fitted
         per_image = max(1, images[0].numel() // max(1, images.shape[1] if images.dim() > 2 else 1))
-        return list(torch.split(images, max(1, min(_BATCH, _NUMBERS // per_image))))
+        count, size = len(images), max(2, min(_BATCH, _NUMBERS // per_image))
+        sizes = [size] * (count // size) + [count % size] * (count % size > 0)
+        if len(sizes) > 1 and sizes[-1] == 1:
+            sizes[-2:] = [size + 1]
+        return list(torch.split(images, sizes))
 
 
 def gather(images: Any, *, limit: int, seed: int) -> CalibrationImages:
@@ -52,6 +56,10 @@ def gather(images: Any, *, limit: int, seed: int) -> CalibrationImages:
     Raises:
         DataError: if there are fewer than ten, or something else than float images of one shape.
     """
+    if not isinstance(limit, int) or limit < _FEWEST:
+        raise DataError(
+            f"limit, the number of calibration images, must be a whole number from {_FEWEST}, got {limit!r}"
+        )
     found = _taken(images, limit, torch.Generator().manual_seed(seed))
     if len(found) < _FEWEST:
         raise DataError(f"calibration needs at least {_FEWEST} images, got {len(found)}")
@@ -72,11 +80,13 @@ def _taken(images: Any, limit: int, generator: torch.Generator) -> Tensor:
     if isinstance(images, Dataset) and not isinstance(images, IterableDataset):
         count = len(images)  # type: ignore[arg-type]
         order = torch.randperm(count, generator=generator)[:limit].sort().values.tolist()
-        return _joined([_image_of(images[index])[None] for index in order])
+        return _joined(list(_of_samples((images[index] for index in order), may_be_batches=False)))
     if not isinstance(images, Iterable):
         raise DataError(f"calibration images must be a tensor, a dataset or batches, got {type(images).__name__}")
     taken: list[Tensor] = []
-    for batch in _of_batches(images):
+    # a dataset gives samples, or batches itself; whatever else is iterated gives batches
+    batches = _of_samples(images, may_be_batches=True) if isinstance(images, IterableDataset) else _of_batches(images)
+    for batch in batches:
         taken.append(batch)
         if sum(map(len, taken)) >= limit:
             break
@@ -86,6 +96,15 @@ def _taken(images: Any, limit: int, generator: torch.Generator) -> Tensor:
 def _of_batches(batches: Iterable[Any]) -> Iterator[Tensor]:
     for batch in batches:
         images = _image_of(batch)
+        _check(images)
+        yield images
+
+
+def _of_samples(samples: Iterable[Any], *, may_be_batches: bool) -> Iterator[Tensor]:
+    """Yield samples as batches of one; what has four dimensions may be a batch already."""
+    for sample in samples:
+        image = _image_of(sample)
+        images = image if may_be_batches and image.dim() > 3 else image[None]
         _check(images)
         yield images
 

@@ -24,21 +24,25 @@ def norms_of(network: nn.Module) -> dict[str, _BatchNorm]:
 
 @torch.no_grad()
 def estimate_statistics(network: nn.Module, batches: Sequence[Tensor]) -> None:
-    """Replace the running statistics of all batch norms by averages over the batches, in one pass.
+    """Replace the running statistics of all batch norms by averages over the images, in one pass.
 
-    Only the norms are put into train mode, so that dropout stays off. A batch of one image is left out:
-    it may have no variance.
+    Only the norms are put into train mode, so that dropout stays off.
+
+    Args:
+        batches: of two images or more, since one may have no variance.
     """
     norms = norms_of(network).values()
     momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # a plain average over the batches
             norm.train()
+        seen = 0
         for images in batches:
-            if len(images) > 1:
-                network(images)
+            seen += len(images)
+            for norm in norms:
+                norm.momentum = len(images) / seen  # an average in which every image counts alike
+            network(images)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from convsurgeon.calibration._images import CalibrationImages
+from convsurgeon.calibration._result import PolishRun
 from convsurgeon.distillation import Augmentation, Training, distill
-from convsurgeon.errors import DivergenceError
+from convsurgeon.errors import DivergenceError, OptionError
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.progress import Progress, Report, be_silent
 
@@ -50,6 +51,12 @@ class Polish:
     frozen_norms: float = 0.5
     flip: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "seconds", "batch_size", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise OptionError(f"Polish: {name} must be a number above 0, got {value}")
+
 
 def polish(
     teacher: nn.Module,
@@ -57,20 +64,22 @@ def polish(
     images: CalibrationImages,
     settings: Polish,
     *,
+    scores: bool,
     rank: Rank,
     seed: int,
     report: Report,
-) -> nn.Module | None:
-    """Return the student after a run in which it imitates the teacher on the fitted images.
+) -> PolishRun:
+    """Let a copy of the student imitate the teacher on the fitted images, and return it with what was done.
 
     Says how long it is going to take before it starts. Ops learn whatever their `requires_grad` says. A run that
-    diverges is done again at a lower learning rate; None where there is none left.
+    diverges is done again at a lower learning rate, while there is one left.
 
     Args:
+        scores: whether the answers are class scores.
         rank: says how close a student is to its teacher on images held out; more is closer.
     """
     train = images.fitted.cpu()
-    run = _Imitation(teacher, student, train, min(settings.batch_size, len(train)), settings, seed)
+    run = _Imitation(teacher, student, train, min(settings.batch_size, len(train)), scores, settings, seed)
     frozen = _thaw_ops(student)
     step_seconds = _time_step(run)
     affordable = max(_FEWEST_STEPS, min(settings.steps, int(settings.seconds / step_seconds)))
@@ -82,11 +91,11 @@ def polish(
         )
     )
     rate, tried = _choose_rate(run, rank, settings, affordable, report)
-    polished = _run_without_diverging(run, affordable - tried, rate, report)
+    polished, rate = _run_without_diverging(run, affordable - tried, rate, report)
     for network in (student, polished or student):
         for name, flag in frozen.items():
             network.get_parameter(name).requires_grad_(flag)
-    return polished
+    return PolishRun(polished, affordable - tried, rate, run.batch_size)
 
 
 @dataclass(frozen=True)
@@ -97,20 +106,17 @@ class _Imitation:
     student: nn.Module
     train: Tensor
     batch_size: int
+    scores: bool
     settings: Polish
     seed: int
 
     def __call__(self, steps: int, rate: float, report: Report) -> tuple[nn.Module, float]:
         settings, train = self.settings, self.train
         pictures = train.dim() == 4 and train.shape[1] in (1, 3)
-        loader: DataLoader[tuple[Tensor, ...]] = DataLoader(
-            TensorDataset(train),
-            batch_size=self.batch_size,
-            shuffle=True,
-            drop_last=True,
-            generator=torch.Generator(),
-        )
-        per_pass = min(len(loader), steps)
+        data = TensorDataset(train)
+        # one long pass, so that there are as many steps as were said
+        order = RandomSampler(data, num_samples=steps * self.batch_size, generator=torch.Generator())
+        loader: DataLoader[tuple[Tensor, ...]] = DataLoader(data, batch_size=self.batch_size, sampler=order)
         result = distill(
             self.teacher,
             self.student,
@@ -121,9 +127,9 @@ class _Imitation:
                 "cutmix": settings.cutmix if pictures else 0.0,
                 "frozen_norms": settings.frozen_norms,
                 "full_precision": _in_full_precision(self.student),
+                "answers": "scores" if self.scores else "values",
             },
-            epochs=math.ceil(steps / per_pass),
-            limit_batches=per_pass,
+            epochs=1,
             batch_size=self.batch_size,
             optimizer="muon",
             learning_rate=rate,
@@ -136,14 +142,18 @@ class _Imitation:
         return result.student, float(result.metrics["seconds"])
 
 
-def _run_without_diverging(run: Run, steps: int, rate: float, report: Report) -> nn.Module | None:
-    """Return the student after a run at a rate or, where it diverges, at a lower one; None where all diverge."""
+def _run_without_diverging(run: Run, steps: int, rate: float, report: Report) -> tuple[nn.Module | None, float]:
+    """Return the student after a run at a rate or, where it diverges, at a lower one, and the rate of the last run.
+
+    None instead of the student where all diverge.
+    """
     for lower in (rate, *(each for each in _RATES if each < rate)):
+        rate = lower
         try:
-            return run(steps, lower, lambda event: _pass_on(event, report))[0]
+            return run(steps, rate, lambda event: _pass_on(event, report))[0], rate
         except DivergenceError:
-            report(Progress("polish", message=f"diverged at learning rate {lower:g}"))
-    return None
+            report(Progress("polish", message=f"diverged at learning rate {rate:g}"))
+    return None, rate
 
 
 def _in_full_precision(student: nn.Module) -> bool:
@@ -198,7 +208,7 @@ def _thaw_ops(student: nn.Module) -> dict[str, bool]:
 
 
 def _pass_on(event: Progress, report: Report) -> None:
-    """Report the steps as those of a polish; its passes over few images are nobody's epochs."""
+    """Report the steps as those of a polish; its one long pass is nobody's epoch."""
     if event.stage == "train":
         figures = {name: value for name, value in event.figures.items() if not name.startswith("epoch")}
         report(replace(event, stage="polish", figures=figures))

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
+
+
+@dataclass(frozen=True)
+class PolishRun:
+    """What the polish did.
+
+    Args:
+        student: in eval mode; None if every run diverged.
+        steps: of the run that counts, without the trials of learning rates.
+        learning_rate: its peak.
+        batch_size: images a step.
+    """
+
+    student: nn.Module | None
+    steps: int
+    learning_rate: float
+    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -33,12 +51,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class SiteFit:
-    """What the fit did for one op: relative squared errors of its output, and the ridge chosen."""
+    """What the fit did for one op: relative squared errors of its output, and the ridge chosen; None if not fitted."""
 
     fqn: str
-    before: float
-    after: float
-    ridge: float
+    before: float | None
+    after: float | None
+    ridge: float | None
     note: str = ""
 
 
@@ -51,8 +69,10 @@ class CalibrationResult:
         stages: in the order in which they were done.
         sites: one entry for each op that runs on the images.
         images: how many were fitted and held out.
-        seconds: in all, without the judge's.
-        peak_memory: of the process until now, in bytes.
+        seconds: in all, reading the images included, without the judge's.
+        peak_memory: of the process until now, in bytes; None where the system does not say.
+        seed: of the choice of images and positions, and of the polish.
+        polish: how it went; None if there was none.
     """
 
     student: nn.Module
@@ -60,14 +80,30 @@ class CalibrationResult:
     sites: tuple[SiteFit, ...]
     images: tuple[int, int]
     seconds: float
-    peak_memory: int
+    peak_memory: int | None
+    seed: int
+    polish: PolishRun | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the student as plain JSON data."""
+        polish = self.polish
         return {
+            "seed": self.seed,
             "images": {"fitted": self.images[0], "held_out": self.images[1]},
             "stages": [asdict(stage) for stage in self.stages],
+            "polish": polish
+            and {"steps": polish.steps, "learning_rate": polish.learning_rate, "batch_size": polish.batch_size},
             "sites": [asdict(site) for site in self.sites],
             "seconds": round(self.seconds, 1),
             "peak_memory": self.peak_memory,
         }
+
+
+def peak_memory() -> int | None:
+    """Return the largest resident size of this process so far in bytes, or None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

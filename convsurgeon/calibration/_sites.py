@@ -31,8 +31,10 @@ class CalibrationSite:
     calls: int
 
 
-def sites_in_order(teacher: nn.Module, student: nn.Module, sample: Tensor) -> tuple[list[CalibrationSite], list[str]]:
-    """Return the ops that run on the sample, in order of their first call, and the names of those that do not.
+def sites_in_order(
+    teacher: nn.Module, student: nn.Module, sample: Tensor
+) -> tuple[list[CalibrationSite], dict[str, str]]:
+    """Return the ops that run on the sample, in order of their first call, and why others cannot be fitted.
 
     Both networks are in eval mode.
 
@@ -43,10 +45,13 @@ def sites_in_order(teacher: nn.Module, student: nn.Module, sample: Tensor) -> tu
     if not ops:
         raise CalibrationError("the student has no cheap convolution; make one with rewrite() or convert")
     calls: dict[AbstractCheapConv, int] = {}
+    unbatched: set[AbstractCheapConv] = set()
 
-    def note(op: nn.Module, _args: object) -> None:
+    def note(op: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(op, AbstractCheapConv)
         calls[op] = calls.get(op, 0) + 1
+        if args[0].dim() != 4:
+            unbatched.add(op)
 
     handles = [op.register_forward_pre_hook(note) for op in ops]
     try:
@@ -54,18 +59,22 @@ def sites_in_order(teacher: nn.Module, student: nn.Module, sample: Tensor) -> tu
     finally:
         for handle in handles:
             handle.remove()
-    found = [_site(teacher, ops[op], op, count) for op, count in calls.items()]
+    found = [_site(teacher, ops[op], op, count) for op, count in calls.items() if op not in unbatched]
     _run(teacher, sample, "teacher")
-    return found, [fqn for op, fqn in ops.items() if op not in calls]
+    idle = {fqn: "does not run on these images; as it was" for op, fqn in ops.items() if op not in calls}
+    return found, idle | {ops[op]: "takes one image without a batch; as it was" for op in unbatched}
 
 
 def _run(network: nn.Module, sample: Tensor, who: str) -> None:
     try:
         with torch.no_grad():
             network(sample)
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+    except Exception as error:  # whatever somebody's forward raises
         shape = "x".join(map(str, sample.shape[1:]))
-        raise CalibrationError(f"the {who} cannot take images of {shape}: {one_line(error)}") from error
+        raise CalibrationError(
+            f"the {who} cannot take images of {shape}: {one_line(error)}; give them as it takes them (on the command "
+            "line: --size, --color)"
+        ) from error
 
 
 def _site(teacher: nn.Module, fqn: str, op: AbstractCheapConv, calls: int) -> CalibrationSite:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json as json_module
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +15,18 @@ if TYPE_CHECKING:
 
     from convsurgeon.calibration import CalibrationResult
 
+_IMAGES, _MINUTES = 2048, 10.0
+
 
 @dataclass(frozen=True)
 class CalibrationRequest:
     """What the flags of a calibration say."""
 
     data: str | None
-    images: int
-    polish: bool
-    polish_minutes: float
+    images: int | None
+    answers: str | None
+    polish: bool | None
+    polish_minutes: float | None
     data_root: Path | None
     size: str | None
     mean: str | None
@@ -34,10 +36,26 @@ class CalibrationRequest:
 
     def check(self) -> None:
         """Raise an `OptionError` for flags that say something about a calibration that nobody asked for."""
-        said = {"--data-root": self.data_root, "--size": self.size, "--mean": self.mean, "--std": self.std}
-        idle = [flag for flag, value in {**said, "--color": self.color}.items() if value is not None]
+        said = {
+            "--calibration-images": self.images,
+            "--answers": self.answers,
+            "--polish" if self.polish else "--no-polish": self.polish,
+            "--polish-minutes": self.polish_minutes,
+            "--data-root": self.data_root,
+            "--size": self.size,
+            "--mean": self.mean,
+            "--std": self.std,
+            "--color": self.color,
+        }
+        idle = [flag for flag, value in said.items() if value is not None]
         if self.data is None and idle:
-            raise OptionError(f"{idle[0]} is about images to calibrate with; say --calibrate DATA, too")
+            raise OptionError(f"{idle[0]} is about calibration; say --calibrate DATA, too")
+        if self.answers not in (None, "auto", "scores", "values"):
+            raise OptionError(f"--answers must be auto, scores or values, got {self.answers!r}")
+        if self.polish_minutes is None:
+            return
+        if self.polish is False:
+            raise OptionError("--polish-minutes and --no-polish contradict each other; say one of them")
         if not 0 < self.polish_minutes < math.inf:
             raise OptionError(
                 f"--polish-minutes must be a number above 0, got {self.polish_minutes:g}; or say --no-polish"
@@ -48,9 +66,12 @@ class CalibrationRequest:
         from convsurgeon.data import ImageSet, default_preprocessing, load_images
         from convsurgeon.preprocessing import IMAGENET, parse_preprocessing, preprocessing_of
 
-        assert self.data is not None
+        if not self.data:
+            raise OptionError("--calibrate needs a folder of images or the name of a data set, got an empty string")
         named = None if Path(self.data).expanduser().is_dir() else default_preprocessing(self.data)
-        start = preprocessing_of(model) or named or IMAGENET
+        # nobody trained on ImageNet's crop of another size
+        unknown = IMAGENET if self.size is None else replace(IMAGENET, crop=1.0)
+        start = preprocessing_of(model) or named or unknown
         wanted = parse_preprocessing(start, size=self.size, mean=self.mean, std=self.std, color=self.color)
         images, flip = load_images(self.data, root=self.data_root, preprocessing=wanted, seed=self.seed)
         if isinstance(images, ImageSet):
@@ -62,22 +83,40 @@ class CalibrationRequest:
         from convsurgeon.calibration import Polish, calibrate_and_report
 
         images, flip = loaded
-        polish = Polish(seconds=60 * self.polish_minutes, flip=flip) if self.polish else False
+        polish = (
+            Polish(seconds=60 * (self.polish_minutes or _MINUTES), flip=flip) if self.polish is not False else False
+        )
         with Drawing() as drawing:
             return calibrate_and_report(
-                teacher, student, images, polish=polish, limit=self.images, seed=self.seed, report=drawing
+                teacher,
+                student,
+                images,
+                polish=polish,
+                answers=self.answers or "auto",  # type: ignore[arg-type]
+                limit=self.images or _IMAGES,
+                seed=self.seed,
+                report=drawing,
             )
+
+    def report(self, result: CalibrationResult, model: str) -> dict[str, Any]:
+        """Return what the stages and sites came to, and with what, as plain JSON data."""
+        from convsurgeon import __version__
+
+        return {"convsurgeon": __version__, "model": model, "data": self.data, **result.to_dict()}
+
+    def remember(self, student: nn.Module, loaded: tuple[Any, bool]) -> None:
+        """Let the student's file say what the images went through."""
+        from convsurgeon.record import update_record
+
+        used = getattr(loaded[0], "preprocessing", None)
+        if used is not None:
+            update_record(student, preprocessing=used.to_dict())
 
 
 def shape_of(loaded: tuple[Any, bool]) -> str | None:
     """Return the shape of one image as it is typed after `--input-shape`, or None if the images do not say it."""
     preprocessing = getattr(loaded[0], "preprocessing", None)
     return preprocessing and ",".join(map(str, (1, preprocessing.channels, *preprocessing.size)))
-
-
-def write_report(result: CalibrationResult, path: Path) -> None:
-    """Write what the stages and sites came to as JSON."""
-    path.write_text(json_module.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def draw(result: CalibrationResult) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_module
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from convsurgeon.cli._drawing import big, console, emit, fewer, say, tell
 from convsurgeon.errors import OptionError, OutputError
 
 if TYPE_CHECKING:
-    from convsurgeon.calibration import CalibrationResult
     from convsurgeon.surgery import Plan, Survey
 
 
@@ -38,11 +38,23 @@ def run(
             metavar="DATA", help="Calibrate with these images, a folder or a data set's name; no labels needed."
         ),
     ] = None,
-    calibration_images: Annotated[int, typer.Option(metavar="N", min=10, help="How many images to use.")] = 2048,
+    calibration_images: Annotated[
+        int | None, typer.Option(metavar="N", min=10, help="How many images to use; 2048 if nothing is said.")
+    ] = None,
+    answers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="What the model answers: scores of classes, or values, such as boxes; found out if nothing is said.",
+        ),
+    ] = None,
     polish: Annotated[
-        bool, typer.Option("--polish/--no-polish", help="End the calibration with a short run of training.")
-    ] = True,
-    polish_minutes: Annotated[float, typer.Option(help="How long that run may take.")] = 10.0,
+        bool | None,
+        typer.Option("--polish/--no-polish", help="End the calibration with a short run of training, or not."),
+    ] = None,
+    polish_minutes: Annotated[
+        float | None, typer.Option(help="How long that run may take; 10 if nothing is said.")
+    ] = None,
     data_root: arguments.DataRoot = None,
     size: arguments.Size = None,
     mean: arguments.Mean = None,
@@ -70,7 +82,7 @@ def run(
             "--plan is carried out as it is; leave out --to, --keep, --only, --map, --pointwise and --option"
         )
     calibration = CalibrationRequest(
-        calibrate, calibration_images, polish, polish_minutes, data_root, size, mean, std, color, seed
+        calibrate, calibration_images, answers, polish, polish_minutes, data_root, size, mean, std, color, seed
     )
     calibration.check()
     set_threads(threads)
@@ -96,12 +108,14 @@ def run(
     if not dry_run:
         refuse_to_save(student, files.student, force=force)
     calibrated = None if images is None else calibration.run(network, student, images)
-    if calibrated is not None:
-        student = calibrated.student
-    written = {} if dry_run else files.write(student, the_plan, calibrated, example=example, force=force)
+    report = None
+    if calibrated is not None and images is not None:
+        student, report = calibrated.student, calibration.report(calibrated, found.model)
+        calibration.remember(student, images)
+    written = {} if dry_run else files.write(student, the_plan, report, example=example, force=force)
     costs = _costs(network, student, the_plan, found)
     if json:
-        extra = {} if calibrated is None else {"calibration": calibrated.to_dict()}
+        extra = {} if report is None else {"calibration": report}
         emit({"model": found.model, "plan": the_plan.to_dict(), **costs, "checked": checked, **extra, **written})
         return
     _draw(the_plan, found, costs)
@@ -136,10 +150,9 @@ class _Files:
             refuse_to_overwrite(path, force=force)
 
     def write(
-        self, student: Any, the_plan: Plan, calibrated: CalibrationResult | None, *, example: Any, force: bool
+        self, student: Any, the_plan: Plan, report: dict[str, Any] | None, *, example: Any, force: bool
     ) -> dict[str, str]:
         """Write student, plan and, where there is one, the report of the calibration; return their names."""
-        from convsurgeon.cli._calibrating import write_report
         from convsurgeon.files import write_atomically
         from convsurgeon.storage import save
 
@@ -148,12 +161,12 @@ class _Files:
             save(student, self.student, force=force, example_inputs=example)
 
         written = {"student": str(self.student), "plan_file": str(self.plan)}
-        if calibrated is None:
+        if report is None:
             write_atomically(self.plan, write_plan)
             return written
 
         def write_all(temporary: Path) -> None:
-            write_report(calibrated, temporary)
+            temporary.write_text(json_module.dumps(report, indent=2) + "\n", encoding="utf-8")
             write_atomically(self.plan, write_plan)
 
         write_atomically(self.calibration, write_all)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from convsurgeon.data._catalog import load_data
+from convsurgeon.data._catalog import load_data, names
 from convsurgeon.data._images import MEMORY, FilePictures, ImageSet, bytes_each
 from convsurgeon.data._splits import TEST_SEED, Images
 from convsurgeon.errors import DataError
@@ -33,6 +33,8 @@ def load_images(
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
+        if os.sep in source.split(":", 1)[0] or source.startswith((".", "~")):
+            raise DataError(f"{source} is no folder; give a folder of images, or a data set: {', '.join(names())}")
         splits = load_data(source, root=root, preprocessing=preprocessing, seed=seed)
         return splits.train, splits.flip
     wanted = IMAGENET if preprocessing is None else preprocessing

@@ -18,6 +18,7 @@ from convsurgeon.errors import DataError, DistillationError, one_line
 from convsurgeon.evaluation import check_head, float_leaves, is_class_scores, logits_of
 from convsurgeon.surgery import in_mode
 
+_LOOKED_AT = 8
 _NO_LENGTH = "train must have a length, so that the schedule knows its end"
 _NO_BATCH = "train has no batch; give more images or a smaller batch size"
 
@@ -109,7 +110,7 @@ def _answer(network: nn.Module, images: Tensor, who: str) -> Any:
     probe = in_mode(copy.deepcopy(network).cpu(), training=False)
     try:
         with torch.no_grad():
-            return probe(images[:2].cpu())
+            return probe(images[:_LOOKED_AT].cpu())
     except (RuntimeError, ValueError, AssertionError) as error:
         shape = "x".join(str(size) for size in images.shape[1:])
         raise DataError(f"the {who} cannot take the training images of {shape}: {one_line(error)}") from error

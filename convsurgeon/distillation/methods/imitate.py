@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from convsurgeon.distillation._blocks import block_names
 from convsurgeon.distillation.methods._base import AbstractMethod, Lesson, Setting, register
-from convsurgeon.errors import OptionError
+from convsurgeon.errors import DistillationError, OptionError
 from convsurgeon.evaluation import float_leaves
 
 
@@ -48,16 +48,22 @@ class Imitate(AbstractMethod):
 
         With `full_precision` the student runs in its own float type, whatever the run's precision is, and only the
         teacher below it: on processors the gradients of depthwise convolutions are slower in bf16.
+
+        As `answers`, `scores` are matched as class distributions and `values` by their squared error; `auto` takes
+        for scores what is one row an image with some numbers below 0.
         """
 
         blocks: float = 1.0
         cutmix: float = 0.5
         frozen_norms: float = 0.0
         full_precision: bool = False
+        answers: str = "auto"
 
         def __post_init__(self) -> None:
             if self.blocks < 0:
                 raise OptionError(f"imitate: option blocks must be 0 or more, got {self.blocks}")
+            if self.answers not in ("auto", "scores", "values"):
+                raise OptionError(f"imitate: option answers must be auto, scores or values, got {self.answers}")
             for name in ("cutmix", "frozen_norms"):
                 if not 0 <= getattr(self, name) <= 1:
                     raise OptionError(f"imitate: option {name} must be a share from 0 to 1, got {getattr(self, name)}")
@@ -66,7 +72,8 @@ class Imitate(AbstractMethod):
         """Freeze the teacher, and find the blocks."""
         assert self.teacher is not None
         self.teacher.requires_grad_(False)
-        self.answers_are_scores = setting.classes > 0
+        auto = self.options.answers == "auto"
+        self.answers_are_scores = setting.classes > 0 if auto else self.options.answers == "scores"
         self.blocks = block_names(self.student, self.teacher, setting.sample[:2]) if self.options.blocks else []
         self.norms = [part for part in self.student.modules() if isinstance(part, _BatchNorm)]
 
@@ -89,10 +96,18 @@ class Imitate(AbstractMethod):
         autocast = torch.autocast(images.device.type, enabled=False) if self.options.full_precision else None
         with _outputs(self.student, self.blocks) as had, autocast or contextlib.nullcontext():
             student = float_leaves(self.student(images))
-        loss = sum((self._answer_loss(s, t) for s, t in zip(student, teacher, strict=True)), torch.zeros(()))
+        if [each.shape for each in student[: len(teacher)]] != [each.shape for each in teacher]:
+            raise DistillationError(
+                f"the student answers with shapes {[tuple(each.shape) for each in student]} in training, the teacher "
+                f"with {[tuple(each.shape) for each in teacher]}; expected the same first"
+            )
+        # what a network answers beside them in training only, such as auxiliary heads, has nothing to match
+        loss = sum((self._answer_loss(s, t) for s, t in zip(student, teacher, strict=False)), torch.zeros(()))
         if self.blocks:
-            pairs = [pair for name in self.blocks for pair in zip(had[name], wanted[name], strict=True)]
-            weight = self.options.blocks * (1 - self.progress) / len(pairs)
+            # a block that training leaves out now and then has nothing to match
+            ran = [name for name in self.blocks if len(had[name]) == len(wanted[name])]
+            pairs = [pair for name in ran for pair in zip(had[name], wanted[name], strict=True)]
+            weight = self.options.blocks * (1 - self.progress) / max(1, len(pairs))
             loss = loss + weight * sum(relative_error(s, t) for s, t in pairs)
         scores = (student[0], teacher[0]) if self.answers_are_scores else (None, None)
         return Lesson(loss, *scores)
