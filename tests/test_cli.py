@@ -197,7 +197,7 @@ def refusals() -> dict[str, tuple[str, str]]:
         ),
         "calibration without data": (
             f"convert {named} --size 32",
-            "--size is about images to calibrate with; say --calibrate DATA, too",
+            "--size is about calibration; say --calibrate DATA, too",
         ),
         "calibration data that is not": (
             f"convert {named} --calibrate nowhere",
@@ -207,6 +207,30 @@ def refusals() -> dict[str, tuple[str, str]]:
         "a polish of no time": (
             f"convert {named} --calibrate digits --polish-minutes 0",
             "--polish-minutes must be a number above 0, got 0; or say --no-polish",
+        ),
+        "a number of images without a calibration": (
+            f"convert {named} --calibration-images 20",
+            "--calibration-images is about calibration; say --calibrate DATA, too",
+        ),
+        "no polish of no calibration": (
+            f"convert {named} --no-polish",
+            "--no-polish is about calibration; say --calibrate DATA, too",
+        ),
+        "a polish that is none": (
+            f"convert {named} --calibrate digits --no-polish --polish-minutes 2",
+            "--polish-minutes and --no-polish contradict each other; say one of them",
+        ),
+        "answers of another kind": (
+            f"convert {named} --calibrate digits --answers boxes",
+            "--answers must be auto, scores or values, got 'boxes'",
+        ),
+        "images of no name": (
+            f"convert {named} --calibrate=",
+            "--calibrate needs a folder of images or the name of a data set, got an empty string",
+        ),
+        "no folder of images": (
+            f"convert {named} --calibrate ./pictures",
+            "./pictures is no folder; give a folder of images, or a data set: cifar10, cifar100, digits, fashion-mnist",
         ),
         "a polish of endless time": (
             f"convert {named} --calibrate digits --polish-minutes inf",

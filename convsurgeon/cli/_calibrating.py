@@ -63,12 +63,12 @@ class CalibrationRequest:
 
     def load(self, model: nn.Module) -> tuple[Any, bool]:
         """Return the images, as the model takes them, and whether they may be mirrored."""
-        from convsurgeon.data import ImageSet, default_preprocessing, load_images
+        from convsurgeon.data import ImageSet, default_preprocessing, is_folder, load_images
         from convsurgeon.preprocessing import IMAGENET, parse_preprocessing, preprocessing_of
 
         if not self.data:
             raise OptionError("--calibrate needs a folder of images or the name of a data set, got an empty string")
-        named = None if Path(self.data).expanduser().is_dir() else default_preprocessing(self.data)
+        named = None if is_folder(self.data) else default_preprocessing(self.data)
         # nobody trained on ImageNet's crop of another size
         unknown = IMAGENET if self.size is None else replace(IMAGENET, crop=1.0)
         start = preprocessing_of(model) or named or unknown

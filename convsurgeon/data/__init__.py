@@ -3,6 +3,15 @@
 from convsurgeon.data._catalog import default_preprocessing, load_data, names
 from convsurgeon.data._images import ImageSet, make_loader
 from convsurgeon.data._splits import DataSplits
-from convsurgeon.data._unlabelled import load_images
+from convsurgeon.data._unlabelled import is_folder, load_images
 
-__all__ = ["DataSplits", "ImageSet", "default_preprocessing", "load_data", "load_images", "make_loader", "names"]
+__all__ = [
+    "DataSplits",
+    "ImageSet",
+    "default_preprocessing",
+    "is_folder",
+    "load_data",
+    "load_images",
+    "make_loader",
+    "names",
+]

@@ -32,16 +32,22 @@ def load_images(
         UnknownNameError: if there is neither such a folder nor such a set.
     """
     folder = Path(source).expanduser()
-    if not folder.is_dir():
-        if os.sep in source.split(":", 1)[0] or source.startswith((".", "~")):
-            raise DataError(f"{source} is no folder; give a folder of images, or a data set: {', '.join(names())}")
+    if not is_folder(source):
         splits = load_data(source, root=root, preprocessing=preprocessing, seed=seed)
         return splits.train, splits.flip
+    if not folder.is_dir():
+        raise DataError(f"{source} is no folder; give a folder of images, or a data set: {', '.join(names())}")
     wanted = IMAGENET if preprocessing is None else preprocessing
     paths = _pictures_in(folder)
     keep = len(paths) * bytes_each(wanted) <= MEMORY
     pictures = FilePictures(paths, wanted, keep=keep)
     return ImageSet(pictures, torch.zeros(len(paths)), classes=("unlabelled",), preprocessing=wanted), True
+
+
+def is_folder(source: str) -> bool:
+    """Whether a source of images is meant as the path of a folder, be it there or not, and not as a name."""
+    written_as_path = os.sep in source.split(":", 1)[0] or source.startswith((".", "~"))
+    return written_as_path or Path(source).expanduser().is_dir()
 
 
 def _pictures_in(folder: Path) -> list[str]:
