@@ -710,6 +710,12 @@ class TestOps:
         for row in data["ops"]:
             op = ops.get(row["name"])
             assert (row["structure"], row["reference"]) == (op.summary, op.reference)
+            assert (row["cost"], row["keeps"], row["slow"]) == (op.cost, op.keeps, op.slow)
+            assert "not said" not in row.values()
+        options = {row["name"]: row["options"] for row in data["ops"]}
+        assert options["group"]["groups"] == {"default": 8, "allowed": "a number"}
+        assert options["tucker"]["rank_in"]["allowed"] == "a number, a share as 0.25, or of the energy as 90%, or none"
+        assert options["shift"]["assignment"]["allowed"] == "energy, fixed, balanced, learned"
         table = program("ops").done().out
         for name in ops.names():
             assert re.search(rf"^│ {name} ", table, flags=re.MULTILINE)

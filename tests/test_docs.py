@@ -14,7 +14,7 @@ import pytest
 import torch
 from command import Program
 
-from convsurgeon import cli
+from convsurgeon import cli, ops
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -106,6 +106,15 @@ def test_python_that_is_not_run_is_python(block: Block) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist(page: Path, flags: dict[str, set[str]]) -> None:
     assert mistakes(code_of(page, page.read_text()), flags) == []
+
+
+def test_the_catalogue_says_what_the_ops_say() -> None:
+    page = (ROOT / "docs" / "ops.md").read_text()
+    for op in map(ops.get, ops.names()):
+        (row,) = re.findall(rf"^\| `{op.name}` \| (.+) \| (\d+ %) \| \d+ % \| (.+) \|$", page, flags=re.MULTILINE)
+        keeps, share, slow = row
+        assert op.keeps == f"{keeps}; {share} of the energy of a trained ResNet-20"
+        assert op.slow == slow
 
 
 def test_readme_shows_every_verb() -> None:

@@ -47,6 +47,13 @@ class AbstractCheapConv(nn.Module, ABC):
     """One line: the structure."""
     reference: ClassVar[str]
     """The paper: authors, year, arXiv id."""
+    cost: ClassVar[str] = "not said"
+    """MACs of an image and weights; `I` and `O` are channels, `K` kernel positions, `H x W` and `P x Q` the sizes of
+    input and output."""
+    keeps: ClassVar[str] = "not said"
+    """What the start keeps of a trained kernel."""
+    slow: ClassVar[str] = "not said"
+    """Where it is slower than its MACs say."""
     last: ClassVar[str]
     """The submodule that carries the bias; its output is the op's output, or one of those that are added up to it."""
 

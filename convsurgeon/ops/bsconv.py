@@ -54,6 +54,13 @@ class BSConv2d(AbstractPointwiseSpatial):
     name: ClassVar[str] = "bsconv"
     summary: ClassVar[str] = "1x1, then kxk depthwise"
     reference: ClassVar[str] = "Haase and Amthor, 2020, arXiv:2003.13549"
+    cost: ClassVar[str] = "rank*(I*O*H*W + O*K*P*Q) MACs, rank*(I*O + O*K) weights"
+    keeps: ClassVar[str] = (
+        "of each filter one spatial pattern, scaled for every input channel; 39 % of the energy of a trained ResNet-20"
+    )
+    slow: ClassVar[str] = (
+        "stride 2: the 1x1 runs at input size; rank above 1: no fast depthwise path in onnxruntime (3.7x the time)"
+    )
     last: ClassVar[str] = "blueprint"
 
     @dataclass(frozen=True)

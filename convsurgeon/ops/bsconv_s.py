@@ -53,6 +53,11 @@ class BSConvS2d(AbstractCheapConv):
     name: ClassVar[str] = "bsconv_s"
     summary: ClassVar[str] = "1x1 to few channels, 1x1, then kxk depthwise"
     reference: ClassVar[str] = "Haase and Amthor, 2020, arXiv:2003.13549"
+    cost: ClassVar[str] = "(I + O)*M*H*W + O*K*P*Q MACs, (I + O)*M + O*K weights, M = rank"
+    keeps: ClassVar[str] = (
+        "a part of what bsconv keeps, all of it at rank min(I, O); 32 % of the energy of a trained ResNet-20"
+    )
+    slow: ClassVar[str] = "stride 2: both 1x1 run at input size; dearer than bsconv above rank I*O / (I + O)"
     last: ClassVar[str] = "blueprint"
 
     @dataclass(frozen=True)

@@ -48,6 +48,11 @@ class DepthwiseConv2d(AbstractSpatialPointwise):
     name: ClassVar[str] = "depthwise"
     summary: ClassVar[str] = "kxk depthwise, then 1x1"
     reference: ClassVar[str] = "Howard et al., 2017, arXiv:1704.04861"
+    cost: ClassVar[str] = "rank*(I*K + I*O)*P*Q MACs, rank*(I*K + I*O) weights"
+    keeps: ClassVar[str] = (
+        "of each input channel one spatial pattern, scaled for every filter; 37 % of the energy of a trained ResNet-20"
+    )
+    slow: ClassVar[str] = "rank above 1: no fast depthwise path in onnxruntime (3.3x the time)"
 
     @dataclass(frozen=True)
     class Options(AbstractSpatialPointwise.Options):

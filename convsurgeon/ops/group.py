@@ -47,6 +47,12 @@ class GroupConv2d(AbstractSpatialPointwise):
     name: ClassVar[str] = "group"
     summary: ClassVar[str] = "kxk in groups, then 1x1"
     reference: ClassVar[str] = "Xie, Lin, Zhang, Luo, 2019, arXiv:1909.13063"
+    cost: ClassVar[str] = "(I*M*K + I*O)*P*Q MACs, I*M*K + I*O weights, M = I / groups"
+    keeps: ClassVar[str] = (
+        "of each group of input channels M directions of all filters: more than depthwise, which is M = 1; 51 "
+        "% of the energy of a trained ResNet-20"
+    )
+    slow: ClassVar[str] = "fewer than 16 channels a group (fp32)"
 
     @dataclass(frozen=True)
     class Options(AbstractSpatialPointwise.Options):

@@ -56,6 +56,9 @@ class LowRankConv2d(AbstractLowRank):
     name: ClassVar[str] = "lowrank"
     summary: ClassVar[str] = "kxk to few channels, then 1x1; also two 1x1 for one"
     reference: ClassVar[str] = "Zhang et al., 2014, arXiv:1411.4229"
+    cost: ClassVar[str] = "R*(I*K + O)*P*Q MACs, R*(I*K + O) weights, R = rank"
+    keeps: ClassVar[str] = "the R main directions of all filters together; 55 % of the energy of a trained ResNet-20"
+    slow: ClassVar[str] = "1x1 convolutions: two for one were 1.8x as fast at 2x fewer MACs"
     last: ClassVar[str] = "pointwise"
 
     @dataclass(frozen=True)

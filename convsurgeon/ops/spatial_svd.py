@@ -56,6 +56,13 @@ class SpatialSVDConv2d(AbstractLowRank):
     name: ClassVar[str] = "spatial_svd"
     summary: ClassVar[str] = "kx1 to few channels, then 1xk"
     reference: ClassVar[str] = "Jaderberg, Vedaldi and Zisserman, 2014, arXiv:1405.3866"
+    cost: ClassVar[str] = "R*I*Y*P*W + R*O*X*P*Q MACs, R*(I*Y + O*X) weights, R = rank, K = Y*X"
+    keeps: ClassVar[str] = (
+        "the R main products of a vertical and a horizontal pattern; 60 % of the energy of a trained ResNet-20"
+    )
+    slow: ClassVar[str] = (
+        "stride 2: the vertical part runs at the input's width (2.5x as fast as dense, 2.8x to 4.1x else)"
+    )
     last: ClassVar[str] = "horizontal"
 
     @dataclass(frozen=True)

@@ -54,6 +54,14 @@ class TuckerConv2d(AbstractCheapConv):
     name: ClassVar[str] = "tucker"
     summary: ClassVar[str] = "1x1 to few channels, kxk among few, then 1x1"
     reference: ClassVar[str] = "Kim et al., 2015, arXiv:1511.06530"
+    cost: ClassVar[str] = "I*A*H*W + A*C*K*P*Q + C*O*P*Q MACs, I*A + A*C*K + C*O weights, A = rank_in, C = rank_out"
+    keeps: ClassVar[str] = (
+        "the A and C main directions of the input and of the output channels; 59 % of the energy of a trained ResNet-20"
+    )
+    slow: ClassVar[str] = (
+        "three convolutions for one: 2.3x as fast at 3.9x fewer MACs; stride 2: 1.8x, since the first runs at "
+        "input size"
+    )
     last: ClassVar[str] = "expand"
 
     @dataclass(frozen=True)
