@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -44,7 +44,11 @@ class Sensitivity:
         self.weights: dict[str, list[Tensor]] = {}
 
     def targets_of(
-        self, teacher: nn.Module, sites: Sequence[CalibrationSite], batches: Sequence[Tensor], places: Places
+        self,
+        teacher: nn.Module,
+        sites: Sequence[CalibrationSite],
+        batches: Sequence[Tensor],
+        places: Mapping[str, Places],
     ) -> dict[str, list[list[Tensor]]]:
         """Return the targets, each row times the root of its weight."""
         found = targets_of(teacher, sites, batches, places)
@@ -67,7 +71,7 @@ class Sensitivity:
 
     @staticmethod
     def _weigh(
-        teacher: nn.Module, sites: Sequence[CalibrationSite], batches: Sequence[Tensor], places: Places
+        teacher: nn.Module, sites: Sequence[CalibrationSite], batches: Sequence[Tensor], places: Mapping[str, Places]
     ) -> dict[str, list[Tensor]]:
         found: dict[str, list[Tensor]] = {site.fqn: [] for site in sites}
         outputs: dict[str, Tensor] = {}
@@ -83,7 +87,7 @@ class Sensitivity:
                 for site, gradient_BOPQ in zip(sites, gradients, strict=True):
                     weight_B1n = gradient_BOPQ.square().sum(1, keepdim=True).flatten(2)
                     height, width = gradient_BOPQ.shape[-2:]
-                    chosen = places.choose((height, width), len(images), index=index, call=0)
+                    chosen = places[site.fqn].choose((height, width), len(images), index=index, call=0)
                     found[site.fqn].append(weight_B1n.gather(2, chosen[:, None]).mT.flatten(0, 1))
         means = {fqn: torch.cat(some).mean() for fqn, some in found.items()}
         return {

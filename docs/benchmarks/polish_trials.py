@@ -53,6 +53,8 @@ class Trial:
         mirrored: whether the teacher's answer is the mean of those for the image and for its mirror image.
         average: decay of an average of weights that is tested instead of the last weights; 0 for none.
         frozen: the share of the steps, at the end, in which batch norm normalises by its running statistics.
+        refit: the share of the steps after which the ops are fitted once more, `shift` with taps chosen anew; 0 for
+            never.
         statistics: whether batch-norm statistics are estimated anew on the images at the end.
     """
 
@@ -76,6 +78,7 @@ class Trial:
     mirrored: bool = False
     average: float = 0.0
     frozen: float = 0.0
+    refit: float = 0.0
     statistics: bool = False
 
     def make_optimizer(self, student: nn.Module) -> torch.optim.Optimizer:
@@ -119,7 +122,7 @@ def polish(trial: Trial, teacher: nn.Module, student: nn.Module, images: Tensor,
     """Train the student, in place."""
     names = block_names(student, teacher, images[:2])
     if trial.at == "op":
-        names = [name for name, module in student.named_modules() if isinstance(module, AbstractCheapConv)]
+        names = [name for name, _ in ops_of(student)]
     wanted, had = Outputs(teacher, names), Outputs(student, names)
     student.requires_grad_(True)
     optimizer = trial.make_optimizer(student)
@@ -132,6 +135,13 @@ def polish(trial: Trial, teacher: nn.Module, student: nn.Module, images: Tensor,
     student.train()
     norms = [module for module in student.modules() if isinstance(module, nn.BatchNorm2d)]
     for step in range(trial.steps):
+        if trial.refit and step == round(trial.refit * trial.steps):
+            refit(teacher, student, images, trial.seed)
+            optimizer = trial.make_optimizer(student)
+            schedule = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda later, start=step: training.rate_at(start + later, trial.steps)
+            )
+            student.train()
         if step >= (1 - trial.frozen) * trial.steps:
             for norm in norms:
                 norm.eval()
@@ -167,6 +177,18 @@ def polish(trial: Trial, teacher: nn.Module, student: nn.Module, images: Tensor,
         student.load_state_dict(average)
     if trial.statistics:
         estimate_statistics(student, images.split(128))
+
+
+def refit(teacher: nn.Module, student: nn.Module, images: Tensor, seed: int) -> None:
+    """Fit the ops of a student again, in place, from where they stand; its batch norms stay as they are."""
+    found = cs.calibrate(teacher, student, images, polish=False, limit=len(images), seed=seed)
+    for (_, op), (_, better) in zip(ops_of(student), ops_of(found), strict=True):
+        op.load_state_dict(better.state_dict())
+
+
+def ops_of(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the names and modules of a student's ops."""
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, AbstractCheapConv)]
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
