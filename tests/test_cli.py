@@ -26,7 +26,7 @@ import convsurgeon as cs
 from convsurgeon import cli, ops
 from convsurgeon.cli._drawing import Drawing
 from convsurgeon.data import load_data
-from convsurgeon.preprocessing import Preprocessing
+from convsurgeon.preprocessing import Preprocessing, preprocessing_of
 from convsurgeon.progress import Progress
 from convsurgeon.record import read_record, update_record
 
@@ -537,7 +537,16 @@ class TestConvert:
         assert "preprocessing: 16x16, rgb" in outcome.err
         assert "no input shape is known" not in outcome.err  # the pictures say it
         assert "MACs" in outcome.out
+        assert re.search(
+            r"^fit: 2 convolutions, squared error of their outputs \S+ → \S+ \(medians\)$", outcome.out, re.M
+        )
+        assert re.search(r"^calibrated in \d+ s, peak memory \d+\.\d GB$", outcome.out, re.M)
         report = json.loads((program.folder / "model.depthwise.calibration.json").read_text())
+        assert (report["data"], report["model"], report["seed"]) == (source, "model.pt", 0)
+        assert report["convsurgeon"] == cs.__version__
+        assert report["polish"]["batch_size"] == 32
+        remembered = cs.load(program.folder / "model.depthwise.pt", trust=True)
+        assert preprocessing_of(remembered).size == (16, 16)
         assert [stage["name"] for stage in report["stages"]] == [
             "closed form",
             "batch-norm statistics",

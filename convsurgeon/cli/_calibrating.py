@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from convsurgeon.cli._drawing import Drawing, console, say
+from convsurgeon.cli._drawing import Drawing, console, say, tell
 from convsurgeon.errors import OptionError
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def shape_of(loaded: tuple[Any, bool]) -> str | None:
 
 
 def draw(result: CalibrationResult) -> None:
-    """Print the table of stages."""
+    """Print the table of stages, and what the fit came to."""
     from rich.table import Table
 
     fitted, held = result.images
@@ -133,3 +134,12 @@ def draw(result: CalibrationResult) -> None:
         agreement = "–" if stage.agreement is None else f"{100 * stage.agreement:.1f} %"
         table.add_row(stage.name, agreement, f"{stage.error:.3g}", f"{stage.seconds:.0f}", stage.note)
     console().print(table)
+    sites = [site for site in result.sites if site.before is not None and site.after is not None]
+    if sites:
+        before, after = (median(errors) for errors in zip(*((s.before, s.after) for s in sites), strict=True))
+        tell(f"fit: {len(sites)} convolutions, squared error of their outputs {before:.2g} → {after:.2g} (medians)")
+    for site in result.sites:
+        if site.note:
+            tell(f"{site.fqn}: {site.note}")
+    peak = "" if result.peak_memory is None else f", peak memory {result.peak_memory / 1e9:.1f} GB"
+    tell(f"calibrated in {result.seconds:.0f} s{peak}")

@@ -110,7 +110,7 @@ def run(
     calibrated = None if images is None else calibration.run(network, student, images)
     report = None
     if calibrated is not None and images is not None:
-        student, report = calibrated.student, calibration.report(calibrated, found.model)
+        student, report = calibrated.student, calibration.report(calibrated, model)
         calibration.remember(student, images)
     written = {} if dry_run else files.write(student, the_plan, report, example=example, force=force)
     costs = _costs(network, student, the_plan, found)
