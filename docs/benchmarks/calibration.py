@@ -149,8 +149,10 @@ def print_table(rows: list[dict[str, Any]], latencies: dict[str, dict[str, float
     heads = ("teacher", "params", "MACs", "speed in onnxruntime", "seconds")
     print("| network | op | images | seeds | " + " | ".join((*STAGES, *heads)) + " |")
     print("|---" * (len(STAGES) + len(heads) + 4) + "|")
-    for key in dict.fromkeys((row["network"], row["op"], row["images"]) for row in rows):
+    for key in dict.fromkeys((row["network"], row["op"], row["images"]) for row in grid()):
         some = [row for row in rows if (row["network"], row["op"], row["images"]) == key]
+        if not some:
+            continue
         scores = [spread([row["scores"][stage] for row in some]) for stage in STAGES]
         fewer = some[0]["teacher_macs"] / some[0]["macs"]
         faster = latencies.get(key[0], {}).get(key[1])
