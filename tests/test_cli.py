@@ -224,6 +224,10 @@ def refusals() -> dict[str, tuple[str, str]]:
             f"convert {named} --calibrate digits --answers boxes",
             "--answers must be auto, scores or values, got 'boxes'",
         ),
+        "a dry run of a calibration": (
+            f"convert {named} --calibrate digits --dry-run",
+            "--dry-run writes nothing and calibrates nothing; leave out --calibrate",
+        ),
         "images of no name": (
             f"convert {named} --calibrate=",
             "--calibrate needs a folder of images or the name of a data set, got an empty string",
@@ -602,6 +606,23 @@ class TestConvert:
 
         monkeypatch.setattr("convsurgeon.cli._calibrating.CalibrationRequest.run", calibrate)
         assert program("convert", "reader.pt", *TRUST, "--calibrate", "digits", "-o", output).error.startswith(said)
+
+    def test_weights_and_plans_that_were_given_are_not_overwritten(self, program: Program) -> None:
+        torch.save(mynet(program.folder).state_dict(), program.folder / "own.pt")
+        written = (program.folder / "own.pt").read_bytes()
+        refused = program("convert", "mynet:Net", "--weights", "own.pt", "-o", "own.pt", "--force", *SHAPE)
+        assert (
+            refused.error == "own.pt is the file of weights itself; choose another name with -o, so that none is lost"
+        )
+        assert (program.folder / "own.pt").read_bytes() == written
+
+    def test_the_report_of_another_student_does_not_stay(self, program: Program) -> None:
+        digit_reader(program.folder)
+        look = ("--calibrate", "digits", "--calibration-images", "20", "--no-polish")
+        program("convert", "reader.pt", *TRUST, "-o", "out.pt", *look).done()
+        outcome = program("convert", "reader.pt", *TRUST, "-o", "out.pt", "--to", "shift", "--force").done()
+        assert "note: out.calibration.json was the report of another student, and is removed" in outcome.err
+        assert "out.calibration.json" not in program.files()
 
     def test_a_calibration_that_fails_writes_nothing(self, program: Program) -> None:
         write_pictures(program.folder / "few", each=2)

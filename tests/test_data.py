@@ -5,6 +5,7 @@ import pickle
 import re
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from convsurgeon.data import (
     _named,
     default_preprocessing,
     load_data,
+    load_images,
     make_loader,
     names,
 )
@@ -561,3 +563,19 @@ def test_factory_mistakes_are_one_line(module, source, message):
 def test_a_missing_module_is_named():
     with pytest.raises(DataError, match=r"not_there_at_all cannot be imported: ModuleNotFoundError"):
         load_data("not_there_at_all:make")
+
+
+def test_unlabelled_pictures_are_found_behind_links(tmp_path: Path) -> None:
+    pictures = tmp_path / "elsewhere"
+    pictures.mkdir()
+    for index in range(3):
+        Image.new("L", (8, 8), index).save(pictures / f"{index}.png")
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "there").symlink_to(pictures)
+    (links / "again").symlink_to(pictures)
+    (pictures / "round").symlink_to(links)
+    images, _ = load_images(str(links), preprocessing=Preprocessing((8, 8), (0.5,), (0.5,), color="gray"))
+    assert len(images) == 3
+    with pytest.raises(DataError, match=r"\./nowhere is no folder; give a folder of images, or a data set: cifar10"):
+        load_images("./nowhere")

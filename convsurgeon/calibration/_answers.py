@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class Closeness:
 
 
 @torch.no_grad()
-def answers_of(network: nn.Module, batches: Sequence[Tensor]) -> list[list[Tensor]]:
+def answers_of(network: nn.Module, batches: Iterable[Tensor]) -> list[list[Tensor]]:
     """Return, for each batch, the float tensors in what a network in eval mode answers."""
     return [[leaf.float().cpu() for leaf in float_leaves(network(images))] for images in batches]
 
@@ -52,6 +52,23 @@ def look_like_scores(answers: Sequence[Sequence[Tensor]]) -> bool:
     """Whether the first of a network's answers look like class scores, over all batches."""
     firsts = [leaves[0] for leaves in answers if leaves]
     return len({first.shape[1:] for first in firsts}) == 1 and is_class_scores(torch.cat(firsts))
+
+
+def refuse_answers(answers: Sequence[Sequence[Tensor]], *, as_scores: bool) -> None:
+    """Raise a `CalibrationError` for answers of a teacher that nothing can be compared with.
+
+    Args:
+        answers: for each batch, the float tensors.
+        as_scores: whether the caller said that the first of them are class scores.
+    """
+    if not all(bool(leaf.isfinite().all()) for leaves in answers for leaf in leaves):
+        raise CalibrationError("the teacher answers with NaN or infinite numbers on these images; mend it first")
+    for leaves in answers:
+        if as_scores and leaves and (leaves[0].dim() != 2 or leaves[0].shape[1] < 2):
+            raise CalibrationError(
+                f"answers='scores' needs a row of two class scores or more an image, and the teacher's first answer is "
+                f"{tuple(leaves[0].shape)} for a batch; say answers='values'"
+            )
 
 
 def closeness(student: Sequence[Sequence[Tensor]], teacher: Sequence[Sequence[Tensor]], *, scores: bool) -> Closeness:

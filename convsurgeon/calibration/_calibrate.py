@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
@@ -9,12 +10,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from convsurgeon.calibration._answers import Closeness, answers_of, closeness, look_like_scores
+from convsurgeon.calibration._answers import Closeness, answers_of, closeness, look_like_scores, refuse_answers
 from convsurgeon.calibration._capture import Places, patches_of, targets_of
 from convsurgeon.calibration._fit import Fit, fit_op
 from convsurgeon.calibration._images import CalibrationImages, gather
 from convsurgeon.calibration._moments import AbstractMoments, Gram, Rows, keeps_gram, rows_an_image
-from convsurgeon.calibration._norms import estimate_statistics, put_statistics, statistics_of
+from convsurgeon.calibration._norms import Statistics, estimate_statistics, put_statistics, statistics_of
 from convsurgeon.calibration._polish import Polish
 from convsurgeon.calibration._polish import polish as run_polish
 from convsurgeon.calibration._result import CalibrationResult, PolishRun, SiteFit, Stage, peak_memory
@@ -92,8 +93,16 @@ def calibrate_and_report(
     started = time.monotonic()
     if answers not in get_args(Answers):
         raise OptionError(f"answers must be one of {', '.join(get_args(Answers))}, got {answers!r}")
+    # torch.compile wraps a network, whose parts then have other names
+    teacher, student = (getattr(network, "_orig_mod", network) for network in (teacher, student))
+    if not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise OptionError(f"seed must be a whole number from 0 to {2**31 - 1}, got {seed!r}")
     for network in (teacher, student):
         expect_module(network)
+        if isinstance(network, torch.jit.ScriptModule):
+            raise CalibrationError(
+                f"a {type(network).__name__} of TorchScript cannot be calibrated; give the network itself"
+            )
         if polish:
             _refuse_low_precision(network)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
@@ -139,13 +148,16 @@ class _Run:
         self.started, self.stage_started = started, time.monotonic()
         self.judged = 0.0
         self.polish_run: PolishRun | None = None
+        self.alone: tuple[Closeness, Statistics] | None = None
         self.sites, self.idle = sites_in_order(self.teacher, self.student, self.images.fitted[:2])
         self.wanted = answers_of(self.teacher, self.images.batches(held=True))
+        refuse_answers(self.wanted, as_scores=answers == "scores")
         self.scores = look_like_scores(self.wanted) if answers == "auto" else answers == "scores"
 
     def closed_form(self) -> None:
         """Look at the student as it came."""
-        self._close("closed form", self._closeness())
+        self.came = self._closeness()
+        self._close("closed form", self.came)
 
     def statistics(self) -> None:
         """See what new batch-norm statistics alone would do; the fit starts from the old ones."""
@@ -153,11 +165,18 @@ class _Run:
         if not before:
             return
         estimate_statistics(self.student, self.images.batches())
-        self._close("batch-norm statistics", self._closeness(), "looked at only; the fit starts from the old ones")
+        found = self._closeness()
+        self._close("batch-norm statistics", found, "looked at only; the fit starts from the old ones")
+        if found.rank > self.came.rank:
+            self.alone = found, statistics_of(self.student)
         put_statistics(self.student, before)
 
     def fit(self) -> None:
-        """Fit every op in order of execution, then estimate batch-norm statistics, and keep what is better."""
+        """Fit every op in order of execution, then estimate batch-norm statistics, and keep what is better.
+
+        What was there before, or that with new statistics, is kept where nothing is closer.
+        """
+        unfitted = copy.deepcopy(self.student.state_dict())
         for chunk in self._chunks():
             places = {site.fqn: self._places(site) for site in chunk}
             targets = targets_of(self.teacher, chunk, self.images.batches(), places)
@@ -173,6 +192,13 @@ class _Run:
             else:
                 put_statistics(self.student, before)
                 note = "batch-norm statistics kept: new ones are further off"
+        earlier, statistics = self.alone or (self.came, None)
+        if not fitted.rank >= earlier.rank:
+            self.student.load_state_dict(unfitted)
+            fitted, note = earlier, "undone: it was further off"
+            if statistics is not None:
+                put_statistics(self.student, statistics)
+                note = "undone: new batch-norm statistics alone are closer"
         self._close("fit", fitted, note)
 
     def polish(self, settings: Polish) -> None:
@@ -237,6 +263,11 @@ class _Run:
         # a later call may read what an earlier one gives, so the first is fitted beforehand
         for calls in sorted({1, site.calls}):
             moments = self._moments(site, targets, places, calls)
+            if not all(part.rows for part in moments):
+                self.fits.append(
+                    SiteFit(site.fqn, None, None, None, "its outputs in the teacher were not seen; as it was")
+                )
+                return
             found = fit_op(site.op, donor_OF, *moments)
             fit = found if fit is None else Fit(found.before, found.after, found.ridge)
         assert fit is not None

@@ -6,7 +6,7 @@ Shape letters: B images of a batch, N positions of an image, P Q output size, K 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Places:
 
 
 def targets_of(
-    teacher: nn.Module, sites: Sequence[CalibrationSite], batches: Sequence[Tensor], places: Mapping[str, Places]
+    teacher: nn.Module, sites: Sequence[CalibrationSite], batches: Iterable[Tensor], places: Mapping[str, Places]
 ) -> dict[str, list[list[Tensor]]]:
     """Run the teacher once and return, for each site, batch and call, its outputs `(B * N, O)` at its places."""
     found: dict[str, list[list[Tensor]]] = {site.fqn: [] for site in sites}
@@ -100,7 +100,7 @@ class _Enough(Exception):  # noqa: N818  the pass has shown what was wanted of i
 
 
 def patches_of(
-    student: nn.Module, site: CalibrationSite, batches: Sequence[Tensor], places: Places, *, calls: int
+    student: nn.Module, site: CalibrationSite, batches: Iterable[Tensor], places: Places, *, calls: int
 ) -> Iterator[list[Tensor]]:
     """Run the student up to a site and yield, for each batch, patches `(B * N, I * K)` of its first calls' inputs."""
     found: list[Tensor] = []

@@ -33,17 +33,21 @@ class CalibrationImages:
     def like(self, network: nn.Module) -> CalibrationImages:
         """Return the images in the float type and on the device of a network's first parameter."""
         first = next((p for p in network.parameters() if p.is_floating_point()), self.fitted)
-        return CalibrationImages(self.fitted.to(first.device, first.dtype), self.held.to(first.device, first.dtype))
+        fitted, held = (images.detach().to(first.device, first.dtype) for images in (self.fitted, self.held))
+        return CalibrationImages(fitted, held)
 
-    def batches(self, *, held: bool = False) -> list[Tensor]:
-        """Return views of up to 128 images, fewer where they are large, but of two at least."""
+    def batches(self, *, held: bool = False) -> Iterator[Tensor]:
+        """Yield copies of up to 128 images, fewer where they are large, but of two at least.
+
+        Copies, since some networks prepare their input in place.
+        """
         images = self.held if held else self.fitted
         per_image = max(1, images[0].numel() // max(1, images.shape[1] if images.dim() > 2 else 1))
         count, size = len(images), max(2, min(_BATCH, _NUMBERS // per_image))
         sizes = [size] * (count // size) + [count % size] * (count % size > 0)
         if len(sizes) > 1 and sizes[-1] == 1:
             sizes[-2:] = [size + 1]
-        return list(torch.split(images, sizes))
+        yield from (batch.clone() for batch in torch.split(images, sizes))
 
 
 def gather(images: Any, *, limit: int, seed: int) -> CalibrationImages:
@@ -78,7 +82,10 @@ def _taken(images: Any, limit: int, generator: torch.Generator) -> Tensor:
         chosen = torch.randperm(len(images), generator=generator)[:limit].sort().values
         return torch.cat(list(_of_batches(make_loader(images.subset(chosen), batch_size=_BATCH, shuffle=False))))
     if isinstance(images, Dataset) and not isinstance(images, IterableDataset):
-        count = len(images)  # type: ignore[arg-type]
+        try:
+            count = len(images)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise DataError("a dataset of calibration images must have a length, or be an IterableDataset") from error
         order = torch.randperm(count, generator=generator)[:limit].sort().values.tolist()
         return _joined(list(_of_samples((images[index] for index in order), may_be_batches=False)))
     if not isinstance(images, Iterable):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,30 +23,38 @@ def norms_of(network: nn.Module) -> dict[str, _BatchNorm]:
 
 
 @torch.no_grad()
-def estimate_statistics(network: nn.Module, batches: Sequence[Tensor]) -> None:
+def estimate_statistics(network: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace the running statistics of all batch norms by averages over the images, in one pass.
 
-    Only the norms are put into train mode, so that dropout stays off.
+    Only the norms are put into train mode, so that dropout stays off. A norm that does not run, such as one of a head
+    for training only, keeps what it has.
 
     Args:
         batches: of two images or more, since one may have no variance.
     """
-    norms = norms_of(network).values()
-    momenta = [norm.momentum for norm in norms]
+    norms = norms_of(network)
+    momenta = {fqn: norm.momentum for fqn, norm in norms.items()}
+    before = statistics_of(network)
+    seen: dict[nn.Module, int] = {}
+
+    def weigh(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[norm] = seen.get(norm, 0) + len(args[0])
+        norm.momentum = len(args[0]) / seen[norm]  # type: ignore[assignment]  # an average in which each counts alike
+
+    handles = [norm.register_forward_pre_hook(weigh) for norm in norms.values()]
     try:
-        for norm in norms:
+        for norm in norms.values():
             norm.reset_running_stats()
             norm.train()
-        seen = 0
         for images in batches:
-            seen += len(images)
-            for norm in norms:
-                norm.momentum = len(images) / seen  # an average in which every image counts alike
             network(images)
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        for handle in handles:
+            handle.remove()
+        for fqn, norm in norms.items():
+            norm.momentum = momenta[fqn]
             norm.eval()
+        put_statistics(network, {fqn: before[fqn] for fqn, norm in norms.items() if norm not in seen})
 
 
 def statistics_of(network: nn.Module) -> Statistics:
@@ -57,7 +65,8 @@ def statistics_of(network: nn.Module) -> Statistics:
 @torch.no_grad()
 def put_statistics(network: nn.Module, statistics: Statistics) -> None:
     """Put running statistics back."""
-    for fqn, norm in norms_of(network).items():
-        for name, value in statistics[fqn].items():
+    norms = norms_of(network)
+    for fqn, buffers in statistics.items():
+        for name, value in buffers.items():
             if value is not None:
-                getattr(norm, name).copy_(value)
+                getattr(norms[fqn], name).copy_(value)

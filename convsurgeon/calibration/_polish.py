@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from convsurgeon.calibration._images import CalibrationImages
 from convsurgeon.calibration._result import PolishRun
-from convsurgeon.distillation import Augmentation, Training, distill
+from convsurgeon.distillation import Augmentation, Training, distill, methods
 from convsurgeon.errors import DivergenceError, OptionError
 from convsurgeon.ops import AbstractCheapConv
+from convsurgeon.options import parse_options
 from convsurgeon.progress import Progress, Report, be_silent
 
 _FEWEST_STEPS = 10
@@ -33,7 +34,7 @@ class Polish:
 
     Args:
         steps: at most.
-        seconds: at most, by the time that a few steps take beforehand.
+        seconds: at most, by the time that a few steps take beforehand; ten steps are taken in any case.
         batch_size: images a step.
         learning_rate: the peak of the schedule of Muon; None for the one that does better in a short trial.
         blocks: weight of the blocks' outputs beside the answers at first; it falls to 0.
@@ -52,10 +53,15 @@ class Polish:
     flip: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "seconds", "batch_size", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise OptionError(f"Polish: {name} must be a number above 0, got {value}")
+        for name in ("steps", "batch_size", "seconds", "learning_rate"):
+            value, kind = getattr(self, name), (int,) if name in ("steps", "batch_size") else (int, float)
+            if value is None and name == "learning_rate":
+                continue
+            if not isinstance(value, kind) or not 0 < value < math.inf:
+                what = "a number" if float in kind else "a whole number"
+                raise OptionError(f"Polish: {name} must be {what} above 0, got {value!r}")
+        said = {"blocks": self.blocks, "cutmix": self.cutmix, "frozen_norms": self.frozen_norms}
+        parse_options(methods.get("imitate").Options, said, owner="Polish")
 
 
 def polish(
@@ -81,8 +87,12 @@ def polish(
     train = images.fitted.cpu()
     run = _Imitation(teacher, student, train, min(settings.batch_size, len(train)), scores, settings, seed)
     frozen = _thaw_ops(student)
-    step_seconds = _time_step(run)
-    affordable = max(_FEWEST_STEPS, min(settings.steps, int(settings.seconds / step_seconds)))
+    try:
+        step_seconds = _time_step(run)
+    except DivergenceError:
+        _put_back(frozen, student)
+        return PolishRun(None, 0, _RATES[0], run.batch_size)
+    affordable = min(settings.steps, max(_FEWEST_STEPS, int(settings.seconds / step_seconds)))
     report(
         Progress(
             "polish",
@@ -93,8 +103,7 @@ def polish(
     rate, tried = _choose_rate(run, rank, settings, affordable, report)
     polished, rate = _run_without_diverging(run, affordable - tried, rate, report)
     for network in (student, polished or student):
-        for name, flag in frozen.items():
-            network.get_parameter(name).requires_grad_(flag)
+        _put_back(frozen, network)
     return PolishRun(polished, affordable - tried, rate, run.batch_size)
 
 
@@ -205,6 +214,11 @@ def _thaw_ops(student: nn.Module) -> dict[str, bool]:
                 before[f"{fqn}.{name}".lstrip(".")] = parameter.requires_grad
                 parameter.requires_grad_(True)
     return before
+
+
+def _put_back(flags: dict[str, bool], network: nn.Module) -> None:
+    for name, flag in flags.items():
+        network.get_parameter(name).requires_grad_(flag)
 
 
 def _pass_on(event: Progress, report: Report) -> None:

@@ -61,14 +61,14 @@ def sites_in_order(
             handle.remove()
     found = [_site(teacher, ops[op], op, count) for op, count in calls.items() if op not in unbatched]
     _run(teacher, sample, "teacher")
-    idle = {fqn: "does not run on these images; as it was" for op, fqn in ops.items() if op not in calls}
+    idle = {fqn: "is not called on these images; as it was" for op, fqn in ops.items() if op not in calls}
     return found, idle | {ops[op]: "takes one image without a batch; as it was" for op in unbatched}
 
 
 def _run(network: nn.Module, sample: Tensor, who: str) -> None:
     try:
         with torch.no_grad():
-            network(sample)
+            network(sample.clone())  # some prepare their input in place
     except Exception as error:  # whatever somebody's forward raises
         shape = "x".join(map(str, sample.shape[1:]))
         raise CalibrationError(

@@ -85,11 +85,13 @@ def run(
         calibrate, calibration_images, answers, polish, polish_minutes, data_root, size, mean, std, color, seed
     )
     calibration.check()
+    if dry_run and calibrate is not None:
+        raise OptionError("--dry-run writes nothing and calibrates nothing; leave out --calibrate")
     set_threads(threads)
     ready = read_plan(plan) if plan is not None else None
     check_ops(to, pointwise)
     network = load_model(model, weights=weights, model_arg=model_arg, trust=trust, trust_module=trust_module)
-    images = calibration.load(network) if calibrate is not None and not dry_run else None
+    images = calibration.load(network) if calibrate is not None else None
     example = example_for(network, input_shape)
     if example is None and images is not None:
         example = example_for(network, shape_of(images))
@@ -98,7 +100,8 @@ def run(
     the_plan = ready or make_plan(network, to or DEFAULT_OP, found=found, **choice)
     files = _Files.beside(output or default_output(network, model, the_plan.tag))
     if not dry_run:
-        files.check(model, calibrated=images is not None, force=force)
+        sources = {"model": model, "file of weights": weights, "plan that was given": plan}
+        files.check(sources, calibrated=images is not None, force=force)
     checked: list[str] = []
     student = rewrite(
         network, the_plan, example_inputs=example, report=lambda event: checked.append(event.message or "")
@@ -140,12 +143,16 @@ class _Files:
         """Return the files of a student of that name."""
         return cls(student, *(student.parent / f"{student.stem}.{kind}.json" for kind in ("plan", "calibration")))
 
-    def check(self, model: str, *, calibrated: bool, force: bool) -> None:
+    def check(self, sources: dict[str, Any], *, calibrated: bool, force: bool) -> None:
         """Raise an `OutputError` where something would be lost."""
         from convsurgeon.files import refuse_to_overwrite
 
-        if os.path.exists(self.student) and os.path.exists(model) and self.student.samefile(model):
-            raise OutputError(f"{self.student} is the model itself; choose another name with -o, so that none is lost")
+        for what, source in sources.items():
+            both_there = source is not None and os.path.exists(source) and os.path.exists(self.student)
+            if both_there and self.student.samefile(source):
+                raise OutputError(
+                    f"{self.student} is the {what} itself; choose another name with -o, so that none is lost"
+                )
         for path in (self.student, self.plan, *([self.calibration] if calibrated else [])):
             refuse_to_overwrite(path, force=force)
 
@@ -163,6 +170,9 @@ class _Files:
         written = {"student": str(self.student), "plan_file": str(self.plan)}
         if report is None:
             write_atomically(self.plan, write_plan)
+            if self.calibration.is_file():
+                self.calibration.unlink()
+                say(f"note: {self.calibration} was the report of another student, and is removed")
             return written
 
         def write_all(temporary: Path) -> None:

@@ -58,7 +58,12 @@ def _pictures_in(folder: Path) -> list[str]:
     def fail(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
-    for place, folders, files in os.walk(folder, onerror=fail):
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link to where we were
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         pictures = [name for name in sorted(files) if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."]
         found.extend(os.path.join(place, name) for name in pictures)

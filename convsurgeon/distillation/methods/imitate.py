@@ -92,7 +92,8 @@ class Imitate(AbstractMethod):
         if images.dim() == 4 and float(torch.rand(())) < self.options.cutmix:
             images = cut_mix(images)
         with torch.no_grad(), _outputs(self.teacher, self.blocks) as wanted:
-            teacher = float_leaves(self.teacher(images))
+            # a copy: some networks prepare their input in place
+            teacher = float_leaves(self.teacher(images.clone()))
         autocast = torch.autocast(images.device.type, enabled=False) if self.options.full_precision else None
         with _outputs(self.student, self.blocks) as had, autocast or contextlib.nullcontext():
             student = float_leaves(self.student(images))
