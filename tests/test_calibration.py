@@ -710,6 +710,17 @@ def test_a_polish_whose_first_steps_diverge_is_undone(teacher: nn.Module, monkey
     assert result.stages[-1].note == "undone: it diverged"
 
 
+def test_a_polish_that_is_stopped_says_nothing_of_runs_and_folders(
+    teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_args: Any, **_more: Any) -> Any:
+        raise KeyboardInterrupt("stopped after step 20 of 100; nothing was kept: no run folder")
+
+    monkeypatch.setattr(_polish, "distill", stop)
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped in the polish; nothing was kept$"):
+        cs.calibrate(teacher, cs.rewrite(teacher), IMAGES)
+
+
 @pytest.mark.parametrize("seed", [-1, 2**40, 1.5, None])
 def test_seeds_that_are_refused(teacher: nn.Module, seed: Any) -> None:
     with pytest.raises(OptionError, match="seed must be a whole number from 0 to 2147483647, got "):

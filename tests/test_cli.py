@@ -607,6 +607,12 @@ class TestConvert:
         monkeypatch.setattr("convsurgeon.cli._calibrating.CalibrationRequest.run", calibrate)
         assert program("convert", "reader.pt", *TRUST, "--calibrate", "digits", "-o", output).error.startswith(said)
 
+    def test_images_that_the_model_does_not_take_are_told_with_the_flags_that_change_them(
+        self, program: Program
+    ) -> None:
+        error = program("convert", "mynet:Net", "--calibrate", "digits").error
+        assert error.endswith("; the images of --calibrate are 1,1,8,8: --size and --color change them")
+
     def test_weights_and_plans_that_were_given_are_not_overwritten(self, program: Program) -> None:
         torch.save(mynet(program.folder).state_dict(), program.folder / "own.pt")
         written = (program.folder / "own.pt").read_bytes()

@@ -204,16 +204,20 @@ class _Run:
     def polish(self, settings: Polish) -> None:
         """Let the student imitate the teacher; what was better before is kept."""
         before = self._closeness()
-        self.polish_run = run = run_polish(
-            self.teacher,
-            self.student,
-            self.images,
-            settings,
-            scores=self.scores,
-            rank=lambda student: self._closeness(student).rank,
-            seed=self.seed,
-            report=self.report,
-        )
+        try:
+            self.polish_run = run = run_polish(
+                self.teacher,
+                self.student,
+                self.images,
+                settings,
+                scores=self.scores,
+                rank=lambda student: self._closeness(student).rank,
+                seed=self.seed,
+                report=self.report,
+            )
+        except KeyboardInterrupt:
+            # what a run of distillation says of its steps and its folder is not about this one
+            raise KeyboardInterrupt("stopped in the polish; nothing was kept") from None
         if run.student is None:
             self._close("polish", before, "undone: it diverged")
             return

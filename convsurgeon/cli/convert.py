@@ -13,7 +13,7 @@ import typer
 from convsurgeon.cli import _arguments as arguments
 from convsurgeon.cli._arguments import DEFAULT_OP
 from convsurgeon.cli._drawing import big, console, emit, fewer, say, tell
-from convsurgeon.errors import OptionError, OutputError
+from convsurgeon.errors import OptionError, OutputError, SurveyError
 
 if TYPE_CHECKING:
     from convsurgeon.surgery import Plan, Survey
@@ -95,7 +95,14 @@ def run(
     example = example_for(network, input_shape)
     if example is None and images is not None:
         example = example_for(network, shape_of(images))
-    found = survey(network, example_inputs=example)
+    try:
+        found = survey(network, example_inputs=example)
+    except SurveyError as error:
+        if images is None or input_shape is not None:
+            raise
+        raise SurveyError(
+            f"{error}; the images of --calibrate are {shape_of(images)}: --size and --color change them"
+        ) from error
     choice = selectors(keep, only, mapping, pointwise, option)
     the_plan = ready or make_plan(network, to or DEFAULT_OP, found=found, **choice)
     files = _Files.beside(output or default_output(network, model, the_plan.tag))
