@@ -653,6 +653,17 @@ def test_a_network_may_prepare_its_input_in_place() -> None:
     assert [stage.error for stage in in_place.stages] == [stage.error for stage in apart.stages]
 
 
+def test_imitation_shows_teacher_and_student_the_same_images() -> None:
+    students = []
+    for kind in (InPlace, Apart):
+        torch.manual_seed(0)
+        teacher = kind().eval()
+        loader = DataLoader(TensorDataset(IMAGES), batch_size=20)
+        students.append(cs.distill(teacher, cs.rewrite(teacher), loader, method="imitate", epochs=1).student)
+    in_place, apart = students
+    assert all(torch.equal(a, b) for a, b in zip(in_place.parameters(), apart.parameters(), strict=True))
+
+
 def test_answers_that_nothing_is_comparable_with(teacher: nn.Module) -> None:
     maps = nn.Sequential(conv(1, 8), conv(8, 8)).eval()
     with pytest.raises(CalibrationError, match="needs a row of two class scores or more an image, and the teacher's"):
