@@ -75,7 +75,7 @@ def run(
     from convsurgeon.cli._models import check_ops, example_for, load_model, read_plan, selectors, set_threads
     from convsurgeon.storage import default_output, refuse_to_save
     from convsurgeon.surgery import plan as make_plan
-    from convsurgeon.surgery import rewrite, survey
+    from convsurgeon.surgery import rewrite
 
     if plan is not None and any((to, keep, only, mapping, pointwise, option)):
         raise OptionError(
@@ -95,14 +95,7 @@ def run(
     example = example_for(network, input_shape)
     if example is None and images is not None:
         example = example_for(network, shape_of(images))
-    try:
-        found = survey(network, example_inputs=example)
-    except SurveyError as error:
-        if images is None or input_shape is not None:
-            raise
-        raise SurveyError(
-            f"{error}; the images of --calibrate are {shape_of(images)}: --size and --color change them"
-        ) from error
+    found = _survey(network, example, shape=None if images is None or input_shape else shape_of(images))
     choice = selectors(keep, only, mapping, pointwise, option)
     the_plan = ready or make_plan(network, to or DEFAULT_OP, found=found, **choice)
     files = _Files.beside(output or default_output(network, model, the_plan.tag))
@@ -188,6 +181,18 @@ class _Files:
 
         write_atomically(self.calibration, write_all)
         return {**written, "calibration_file": str(self.calibration)}
+
+
+def _survey(network: Any, example: Any, *, shape: str | None) -> Survey:
+    """Survey a network; where the images of a calibration gave the example its shape, a failure says so."""
+    from convsurgeon.surgery import survey
+
+    try:
+        return survey(network, example_inputs=example)
+    except SurveyError as error:
+        if shape is None:
+            raise
+        raise SurveyError(f"{error}; the images of --calibrate are {shape}: --size and --color change them") from error
 
 
 def _costs(network: Any, student: Any, the_plan: Plan, found: Survey) -> dict[str, Any]:
