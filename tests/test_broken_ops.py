@@ -316,6 +316,16 @@ class LosesALittle(Honest):
         super().init_from(weight * (1 + 1e-5), bias)
 
 
+@breaks("law_representable", "the kernel that came back has lost 36% of its energy")
+class LosesMuchAndOwnsToALittle(Honest):
+    @classmethod
+    def is_exact(cls, spec, options):
+        return False
+
+    def init_from(self, weight, bias):
+        super().init_from(weight * 0.4, bias)
+
+
 @breaks("law_macs", "MACs at")
 class ForgetsThePointwise(Honest):
     @classmethod

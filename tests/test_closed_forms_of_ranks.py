@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 from convsurgeon import ops
 from convsurgeon.errors import OptionError, UnsupportedConvError
-from convsurgeon.factorization import _tucker, keep_groups_and_center, low_rank_and_center, tucker
+from convsurgeon.factorization import (
+    _blocks,
+    _polyadic,
+    _tucker,
+    full_rank,
+    keep_groups_and_center,
+    low_rank_and_center,
+    polyadic,
+    terms_keeping,
+    tucker,
+)
 from convsurgeon.ops._center import CenterView, at_center
 from convsurgeon.spec import ConvSpec
 from convsurgeon.testing import input_size, make_donor
@@ -59,7 +69,7 @@ def test_spatial_svd_loses_the_singular_values_beyond_the_rank(kernel: tuple[int
     assert lost("spatial_svd", spec, rank=rank) == pytest.approx(beyond(matrix, rank), rel=1e-9, abs=1e-20)
 
 
-@pytest.mark.parametrize("name", ["lowrank", "spatial_svd", "tucker"])
+@pytest.mark.parametrize("name", ["cp", "lowrank", "spatial_svd", "tucker"])
 @pytest.mark.parametrize("share", [30, 60.5, 90, 100])
 def test_a_share_of_energy_is_kept(name: str, share: float) -> None:
     spec, op = ConvSpec(8, 6, (3, 3)), ops.get(name)
@@ -68,12 +78,12 @@ def test_a_share_of_energy_is_kept(name: str, share: float) -> None:
     kept = 1 - (cheap.as_dense() - donor.weight).square().sum() / donor.weight.square().sum()
     assert kept >= share / 100 - 1e-9
     assert op.depends_on_weight(op.parse_options({"rank": f"{share}%"}))
-    if name != "tucker":  # and one component less would keep less
+    if op.is_closest(op.parse_options()):  # and one component less would keep less
         rank = cheap.options["rank"]
         assert rank == 1 or 1 - lost(name, spec, rank=rank - 1) / donor.weight.square().sum() < share / 100
 
 
-@pytest.mark.parametrize("name", ["lowrank", "spatial_svd", "tucker"])
+@pytest.mark.parametrize("name", ["cp", "lowrank", "spatial_svd", "tucker"])
 def test_a_share_of_energy_needs_weights(name: str) -> None:
     op, spec = ops.get(name), ConvSpec(8, 6, (3, 3))
     reason = "rank=90% is a share of the trained kernel's energy, and there are no weights; give a number or a ratio"
@@ -84,7 +94,7 @@ def test_a_share_of_energy_needs_weights(name: str) -> None:
         op.macs(spec, 9, 9, {"rank": "90%"})
 
 
-@pytest.mark.parametrize("name", ["lowrank", "spatial_svd", "tucker"])
+@pytest.mark.parametrize("name", ["cp", "lowrank", "spatial_svd", "tucker"])
 @pytest.mark.parametrize("rank", [0, -1, 1.5, 0.0, "0%", "101%", "many"])
 def test_what_is_no_rank_is_refused(name: str, rank: object) -> None:
     with pytest.raises(OptionError, match=f"^{name}: option rank must be a number from 1, a share"):
@@ -185,6 +195,131 @@ def test_tucker_of_zeros_and_of_less_than_its_ranks_can_learn() -> None:
         out, core, into = tucker(kernel, 3, 2)
         torch.testing.assert_close(product(out, core, into), kernel)
         assert min(out.norm(dim=0).min(), into.norm(dim=1).min()) > 0.1
+
+
+# --- sums of outer products
+
+
+def summed(out: Tensor, into: Tensor, position: Tensor) -> Tensor:
+    return torch.einsum("or,ir,kr->oik", out, into, position)
+
+
+def share_lost(kernel: Tensor, rank: int) -> float:
+    return float((kernel - summed(*polyadic(kernel, rank))).square().sum() / kernel.square().sum())
+
+
+@pytest.mark.parametrize(
+    ("sides", "rank"), [((6, 5, 4), 1), ((6, 5, 4), 5), ((8, 9, 9), 8), ((8, 9, 2), 6), ((40, 30, 9), 25)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_polyadic_finds_a_kernel_of_so_few_terms(sides: tuple[int, int, int], rank: int, dtype: torch.dtype) -> None:
+    factors = [random(side, rank, seed=seed) for seed, side in enumerate(sides)]
+    kernel = summed(*factors).to(dtype)
+    found = polyadic(kernel, rank)
+    torch.testing.assert_close(summed(*found), kernel)
+    # term by term, in another order: the decomposition is unique (Kruskal, 1977)
+    expected, mine = (
+        torch.einsum("or,ir,kr->roik", *factors).flatten(1),
+        torch.einsum("or,ir,kr->roik", *found).flatten(1),
+    )
+    apart = torch.cdist(mine.double(), expected)
+    assert sorted(apart.argmin(dim=1).tolist()) == list(range(rank))
+    assert apart.amin(dim=1).max() < max(1e-9, 100 * torch.finfo(dtype).eps) * expected.norm()
+
+
+@pytest.mark.parametrize("sides", [(6, 5, 4), (2, 5, 9), (9, 2, 4), (8, 8, 3)])
+@pytest.mark.parametrize("more", [0, 3])
+def test_polyadic_meets_every_kernel_at_full_rank(sides: tuple[int, int, int], more: int) -> None:
+    kernel = random(*sides)
+    found = polyadic(kernel, full_rank(*sides) + more)
+    torch.testing.assert_close(summed(*found), kernel)
+    # what is zero in one vector is not in the two others, so that it can learn
+    alive = sum((factor.norm(dim=0) > 0.1).int() for factor in found)
+    assert alive.min() >= 2
+
+
+def alternate_terms(kernel: Tensor, rank: int, seed: int) -> float:
+    """Return what alternating least squares loses from a random start: each factor in turn, by `lstsq`."""
+    factors = [random(side, rank, seed=10 * seed + axis) for axis, side in enumerate(kernel.shape)]
+    for _ in range(400):
+        for axis in range(3):
+            one, other = (factors[i] for i in range(3) if i != axis)
+            pairs = torch.einsum("ar,br->abr", one, other).flatten(0, 1)
+            factors[axis] = torch.linalg.lstsq(pairs, kernel.movedim(axis, 0).flatten(1).T, driver="gelsd").solution.T
+    return float((kernel - summed(*factors)).square().sum() / kernel.square().sum())
+
+
+def test_polyadic_against_alternating_least_squares() -> None:
+    behind = []
+    for seed, rank in itertools.product(range(3), [1, 2, 4, 8]):
+        kernel = random(6, 5, 4, seed=seed)
+        best = min(alternate_terms(kernel, rank, start) for start in range(4))
+        behind.append(share_lost(kernel, rank) - best)
+    # noise has many local optima; the start decides in which one it ends
+    assert max(behind) < 0.05
+    assert sorted(behind)[len(behind) // 2] < 0.01
+
+
+def test_polyadic_never_gets_worse_from_sweep_to_sweep_and_step_to_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = random(12, 10, 9)
+    lost = []
+    for sweeps, steps in [(2, 0), (3, 0), (4, 0), (8, 0), (16, 0), (16, 5), (16, 20), (16, 60)]:
+        monkeypatch.setattr(_polyadic, "_SWEEPS", sweeps)
+        monkeypatch.setattr(_polyadic, "_STEPS", steps)
+        lost.append(share_lost(kernel, 14))
+    assert all(after <= before for before, after in itertools.pairwise(lost))
+    assert lost[-1] < lost[4] < lost[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_polyadic_splits_evenly_at_every_scale_and_gives_back_the_dtype(dtype: torch.dtype, scale: float) -> None:
+    kernel = (random(6, 5, 9) * scale).to(dtype)
+    factors = polyadic(kernel, 7)
+    assert {factor.dtype for factor in factors} == {dtype}
+    out, into, position = (factor.double().norm(dim=0) for factor in factors)
+    torch.testing.assert_close(out, into, rtol=0.01, atol=0)
+    torch.testing.assert_close(out, position, rtol=0.01, atol=0)
+    kept = 1 - (summed(*(factor.double() for factor in factors)) - kernel.double()).square().sum() / (
+        kernel.double().square().sum()
+    )
+    assert float(kept) == pytest.approx(1 - share_lost(random(6, 5, 9), 7), abs=0.02)
+
+
+def test_polyadic_of_zeros_and_of_less_than_its_rank_can_learn() -> None:
+    for kernel in (torch.zeros(4, 5, 3), summed(random(4, 1), random(5, 1), random(3, 1))):
+        out, into, position = polyadic(kernel, 3)
+        torch.testing.assert_close(summed(out, into, position), kernel)
+        assert min(into.norm(dim=0).min(), position.norm(dim=0).min()) > 0.1
+
+
+@pytest.mark.parametrize("size", [7, 40, 300])
+def test_polyadic_does_not_depend_on_the_blocks(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, terms = random(8, 7, 9), [random(side, 6, seed=seed) for seed, side in enumerate((8, 7, 9))]
+    whole, few = share_lost(kernel, 10), summed(*terms)
+    monkeypatch.setattr(_blocks, "BLOCK", size)
+    assert share_lost(kernel, 10) == pytest.approx(whole, rel=0.03)
+    torch.testing.assert_close(summed(*polyadic(few, 6)), few)
+
+
+def test_terms_keeping_a_share_keep_it() -> None:
+    kernel = random(7, 6, 9)
+    for share in (0.1, 0.5, 0.9, 0.99):
+        rank = terms_keeping(kernel, share)
+        assert share_lost(kernel, rank) <= 1 - share + 1e-9
+        assert share_lost(kernel, max(1, rank - 3)) > 1 - share or rank == 1
+    assert terms_keeping(kernel, 1.0) == full_rank(7, 6, 9)
+    assert terms_keeping(torch.zeros(7, 6, 9), 0.9) == 1
+
+
+def test_polyadic_draws_from_nobodys_generator() -> None:
+    before = torch.get_rng_state()
+    first = polyadic(random(8, 7, 9), 12)
+    torch.rand(3)
+    torch.set_rng_state(before)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(map(torch.equal, first, polyadic(random(8, 7, 9), 12)))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # --- kernels of which some weights are kept and some are not

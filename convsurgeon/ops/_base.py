@@ -36,7 +36,7 @@ class AbstractCheapConv(nn.Module, ABC):
     A subclass is final. It says how it is built, what it costs, why it cannot replace a given
     convolution, and how it starts from the dense kernel; `from_conv` is written here, once.
 
-    Hooks with a default that a subclass may replace: `fit_options`, `one_hot_macs`, `is_closest`,
+    Hooks with a default that a subclass may replace: `fit_options`, `one_hot_macs`, `is_closest`, `is_exact`,
     `choose_by_data`, `freeze_for_export`. Everything else that is implemented here stays as it is.
     `convsurgeon.testing` holds the laws.
     """
@@ -116,9 +116,14 @@ class AbstractCheapConv(nn.Module, ABC):
     def is_closest(cls, options: Any) -> bool:
         """Whether `init_from` finds the closest kernel of all (Frobenius norm), not only closer than near ones.
 
-        Either way a kernel that the op can represent is reproduced exactly. Where this is False,
-        the docstring of `init_from` says what is found instead.
+        Either way a kernel that the op can represent is reproduced exactly, unless `is_exact` says otherwise. Where
+        this is False, the docstring of `init_from` says what is found instead.
         """
+        return True
+
+    @classmethod
+    def is_exact(cls, spec: ConvSpec, options: Any) -> bool:
+        """Whether `init_from` reproduces every kernel that the op can represent exactly, not only most of it."""
         return True
 
     def choose_by_data(self, gram: Tensor, cross: Tensor) -> None:

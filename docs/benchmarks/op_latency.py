@@ -1,6 +1,6 @@
 """How long one convolution takes as each op: onnxruntime, fp32, one thread, timed in turns.
 
-    python docs/benchmarks/op_latency.py --channels 128 --size 28 [--stride 2] [--kernel 1]
+    python docs/benchmarks/op_latency.py --channels 128 --size 28 [--stride 2] [--kernel 1] [--ranks lowrank=16,32 ...]
 
 Takes some seconds. `partial` is timed in two more forms, which are why it is built as it is: with the
 untouched channels as one-hot kernels of a group convolution, and as a sum of two 1x1 instead of one
@@ -62,6 +62,14 @@ class Summed(nn.Module):
         return self.first(self.spatial(first)) + self.others(self.center(others))
 
 
+def with_ranks(dense: nn.Conv2d, ranks: list[str]) -> dict[str, nn.Module]:
+    """Return the dense convolution and ops with ranks, each `lowrank=16,32`."""
+    forms: dict[str, nn.Module] = {"dense": dense}
+    for op, _, numbers in (text.partition("=") for text in ranks):
+        forms |= {f"{op} rank={rank}": cs.ops.get(op).from_conv(dense, {"rank": rank}) for rank in numbers.split(",")}
+    return forms
+
+
 def forms_of(dense: nn.Conv2d) -> dict[str, nn.Module]:
     """Return the dense convolution and every op that takes it, by name."""
     spec = ConvSpec.from_conv(dense)
@@ -105,18 +113,20 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--kernel", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--ranks", nargs="+", default=[], help="time these instead, each as lowrank=16,32")
     said = parser.parse_args()
     torch.manual_seed(0)
     dense = nn.Conv2d(said.channels, said.channels, said.kernel, said.stride, said.kernel // 2)
-    forms, image = forms_of(dense), torch.randn(1, said.channels, said.size, said.size)
+    forms = with_ranks(dense, said.ranks) if said.ranks else forms_of(dense)
+    image = torch.randn(1, said.channels, said.size, said.size)
     expected = ConvSpec.from_conv(dense).macs(said.size, said.size)
     times = {name: statistics.quantiles(ms, n=10) for name, ms in time_in_turns(forms, image, said.rounds).items()}
     print(f"{ConvSpec.from_conv(dense)}, {said.size}x{said.size}\n")
     print("| op | MACs | ms, fastest tenth (median) | faster |\n|---|--:|--:|--:|")
     for name, (fast, *_, median, _, _, _, _) in times.items():
-        op = cs.ops.get(name) if name in cs.ops.names() else None
-        form = forms[name]
-        fewer = f"{expected / op.macs(form.spec, said.size, said.size, form.options):.1f}x fewer" if op else ""
+        form, fewer = forms[name], ""
+        if isinstance(form, cs.ops.AbstractCheapConv):
+            fewer = f"{expected / form.macs(form.spec, said.size, said.size, form.options):.1f}x fewer"
         print(f"| {name} | {fewer} | {fast:.3f} ({median:.3f}) | {times['dense'][0] / fast:.2f}x |")
 
 
