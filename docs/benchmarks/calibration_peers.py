@@ -37,7 +37,7 @@ from calibration import HERE, IMAGE, OPTIONS, teacher_of
 IMAGES = 2048
 BUDGETS = ("group", "depthwise")
 SETTINGS = [step / 100 for step in range(1, 100)]
-OURS = ("tucker",)
+OURS = ("tucker", "cp")
 Maker = Callable[[float], nn.Module]
 
 

@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -47,10 +47,11 @@ class Sensitivity:
         self,
         teacher: nn.Module,
         sites: Sequence[CalibrationSite],
-        batches: Sequence[Tensor],
+        batches: Iterable[Tensor],
         places: Mapping[str, Places],
     ) -> dict[str, list[list[Tensor]]]:
         """Return the targets, each row times the root of its weight."""
+        batches = list(batches)
         found = targets_of(teacher, sites, batches, places)
         self.weights = {
             fqn: [weight.sqrt() for weight in some]
@@ -62,7 +63,7 @@ class Sensitivity:
         }
 
     def patches_of(
-        self, student: nn.Module, site: CalibrationSite, batches: Sequence[Tensor], places: Places, *, calls: int
+        self, student: nn.Module, site: CalibrationSite, batches: Iterable[Tensor], places: Places, *, calls: int
     ) -> Iterator[list[Tensor]]:
         """Yield the patches, each row times the root of its weight."""
         passes = patches_of(student, site, batches, places, calls=calls)
