@@ -322,6 +322,35 @@ def test_polyadic_draws_from_nobodys_generator() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_polyadic_leaves_the_number_of_threads_as_it_was() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        polyadic(random(4, 3, 2), 2)
+        assert torch.get_num_threads() == 3
+        with pytest.raises(UnsupportedConvError, match="NaN"):
+            polyadic(random(4, 3, 2) * torch.nan, 2)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_shares_of_cp_come_to_multiples_of_four_and_numbers_stay() -> None:
+    op, spec = ops.get("cp"), ConvSpec(16, 24, (3, 3))  # of full rank 144
+    donor = donor_of(spec)
+
+    def rank(asked: object) -> int:
+        return op.from_conv(donor, {"rank": asked}).spatial.out_channels
+
+    assert (rank(0.1), rank(0.05), rank(0.001), rank(1.0)) == (16, 8, 4, 144)
+    assert (rank(7), rank(13), rank(900)) == (7, 13, 144)
+    share = rank("40%")
+    assert share % 4 == 0
+    assert share - 4 < terms_keeping(donor.weight.detach().flatten(2), 0.4) <= share
+    few = make_donor(ConvSpec(1, 7, (3, 3)))  # of full rank 7, which is no multiple
+    assert [op.from_conv(few, {"rank": asked}).spatial.out_channels for asked in (0.5, 0.7, 1.0)] == [4, 7, 7]
+
+
 # --- kernels of which some weights are kept and some are not
 
 

@@ -16,7 +16,7 @@ _ENOUGH = 1e-9
 # so many sweeps, and then so many steps of a descent, are done at most, each as long as no more multiply-adds than
 # these have been done, a second or two; on kernels of a trained ResNet-20 ten times as many kept up to 1.5 % more
 # of the energy
-_SWEEPS, _STEPS, _WORK = 30, 60, 10**10
+_SWEEPS, _STEPS, _WORK = 30, 60, 2 * 10**10
 # what holds a sweep back from far steps along directions that hardly matter, a share of the mean curvature
 _DAMPING = 1e-9
 # what is lost by an exact decomposition is less than this share of the energy, or than so many roundings in a row
@@ -151,20 +151,18 @@ class _Kernel:
             gram_II += rows.T @ rows
         return gram_II
 
-    def target_position(self, terms: _Terms) -> Tensor:
-        """Return the kernel's products with the terms' vectors of both other sides, `(K, R)`; so the next two."""
-        target_KR = self.zeros(0, terms.out.shape[1])
+    def through(self, into_IR: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield some positions and their matrices' products with the terms' input vectors, `(K, O, R)`."""
+        outputs = self.kernel_KOI.shape[1]
         for taps, lines, block in self.blocks:
-            target_KR[taps] += torch.einsum("kor,or->kr", block @ terms.into, terms.out[lines])
-        return target_KR
-
-    def target_out(self, terms: _Terms) -> Tensor:
-        target_OR = torch.zeros_like(terms.out)
-        for taps, lines, block in self.blocks:
-            target_OR[lines] += torch.einsum("kor,kr->or", block @ terms.into, terms.position[taps])
-        return target_OR
+            if lines.start == 0:
+                through_KOR = block.new_empty(len(block), outputs, into_IR.shape[1])
+            through_KOR[:, lines] = block @ into_IR
+            if lines.stop == outputs:
+                yield taps, through_KOR
 
     def target_into(self, terms: _Terms) -> Tensor:
+        """Return the kernel's products with the terms' vectors of both other sides, `(I, R)`."""
         target_IR = torch.zeros_like(terms.into)
         for taps, lines, block in self.blocks:
             target_IR += torch.einsum("kir,kr->ir", block.mT @ terms.out[lines], terms.position[taps])
@@ -234,11 +232,17 @@ def _in_turns(kernel: _Kernel, terms: _Terms) -> _Terms:
     """Solve for the positions, the outputs and the inputs of all terms in turns."""
     rank = terms.out.shape[1]
     lost = kernel.energy
-    for _ in range(max(2, min(_SWEEPS, _WORK // (3 * kernel.kernel_KOI.numel() * rank)))):
-        terms.position = _unit(_solved(terms.position, kernel.target_position(terms), terms.out, terms.into))
-        terms.out = _unit(_solved(terms.out, kernel.target_out(terms), terms.into, terms.position))
+    for _ in range(max(2, min(_SWEEPS, _WORK // (2 * kernel.kernel_KOI.numel() * rank)))):
+        positions, target_OR = _Solver(terms.out, terms.into), torch.zeros_like(terms.out)
+        for taps, through_KOR in kernel.through(terms.into):
+            target_KR = torch.einsum("kor,or->kr", through_KOR, terms.out)
+            terms.position[taps] = positions.solve(target_KR, terms.position[taps])
+            target_OR += torch.einsum("kor,kr->or", through_KOR, terms.position[taps])
+        terms.out = _unit(_Solver(terms.into, terms.position).solve(target_OR, terms.out))
+        length_R = _length(terms.position)
+        terms.position = terms.position / length_R
         target_IR = kernel.target_into(terms)
-        terms.into = _solved(terms.into, target_IR, terms.out, terms.position)
+        terms.into = _Solver(terms.out, terms.position).solve(target_IR, terms.into * length_R)
         # the squared distance, from what is there already
         overlap_RR = (terms.out.T @ terms.out) * (terms.position.T @ terms.position) * (terms.into.T @ terms.into)
         before, lost = lost, kernel.energy - float(2 * (terms.into * target_IR).sum() - overlap_RR.sum())
@@ -247,13 +251,19 @@ def _in_turns(kernel: _Kernel, terms: _Terms) -> _Terms:
     return terms
 
 
-def _solved(factor: Tensor, target: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Return the factor that least squares ask for beside two others, held back a little towards what it was."""
-    curvature_RR = (one.T @ one) * (other.T @ other)
-    damping = _DAMPING * float(curvature_RR.diagonal().mean()) + torch.finfo(torch.float64).tiny
-    damped = curvature_RR + damping * torch.eye(len(curvature_RR)).to(curvature_RR)
-    solved: Tensor = torch.linalg.solve(damped, (target + damping * factor).T).T
-    return solved
+class _Solver:
+    """Solves for one factor beside two others by least squares, held back a little towards what it was."""
+
+    def __init__(self, one: Tensor, other: Tensor) -> None:
+        curvature_RR = (one.T @ one) * (other.T @ other)
+        self._damping = _DAMPING * float(curvature_RR.diagonal().mean()) + torch.finfo(torch.float64).tiny
+        damped = curvature_RR + self._damping * torch.eye(len(curvature_RR)).to(curvature_RR)
+        self._factored = torch.linalg.lu_factor(damped)
+
+    def solve(self, target: Tensor, factor: Tensor) -> Tensor:
+        """Return rows of the factor, for rows of the kernel's products with the others."""
+        solved: Tensor = torch.linalg.lu_solve(*self._factored, (target + self._damping * factor).T).T
+        return solved
 
 
 def _descended(kernel: _Kernel, terms: _Terms) -> _Terms:
@@ -291,9 +301,14 @@ def _descended(kernel: _Kernel, terms: _Terms) -> _Terms:
     return moving if kernel.lost(moving) <= before else terms
 
 
-def _unit(factor: Tensor) -> Tensor:
+def _length(factor: Tensor) -> Tensor:
+    """Return the lengths of columns, and 1 for zeros."""
     length_R = factor.norm(dim=0)
-    return factor / torch.where(length_R > 0, length_R, 1.0)
+    return torch.where(length_R > 0, length_R, 1.0)
+
+
+def _unit(factor: Tensor) -> Tensor:
+    return factor / _length(factor)
 
 
 def _split(terms: _Terms) -> _Terms:

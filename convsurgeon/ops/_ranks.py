@@ -54,7 +54,7 @@ def fit_rank(rank: Rank, full: int, keeping: Callable[[float], int] | None, *, m
     if percent is not None and keeping is None:
         return rank
     asked = round(float(rank) * full) if percent is None or keeping is None else keeping(percent / 100)
-    return max(1, min(full, math.ceil(asked / multiple) * multiple))
+    return min(full, math.ceil(max(1, asked) / multiple) * multiple)
 
 
 def rank_not_known(rank: Rank) -> str | None:

@@ -152,11 +152,11 @@ def main() -> None:
     """Measure each rank that is asked for, and append it to the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "ranks", nargs="*", default=["0.75", "0.5"], help="of lowrank: a number, a ratio or a share such as 90%%"
+        "ranks", nargs="*", default=["0.5", "0.75"], help="of lowrank: a number, a ratio or a share such as 90%%"
     )
-    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--tests", type=int, default=500)
-    parser.add_argument("--polish-seconds", type=float, default=600)
+    parser.add_argument("--polish-seconds", type=float, default=400)
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import convsurgeon as cs
 from convsurgeon.calibration import Polish, calibrate_and_report
 from convsurgeon.data import load_data, make_loader
+from convsurgeon.errors import NothingToConvertError
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.surgery import count_params
 
@@ -75,13 +76,21 @@ def peers(teacher: nn.Module, layers: list[str]) -> Iterator[tuple[str, Maker]]:
         yield f"tensorly-torch {kind}", by_tensorly
 
 
+def made(make: Maker, setting: float) -> nn.Module | None:
+    """Return the network, or None where every convolution would be dearer than it was."""
+    try:
+        return make(setting)
+    except NothingToConvertError:
+        return None
+
+
 def within(make: Maker, budget: int) -> tuple[float, nn.Module] | None:
     """Return the network of the largest setting that stays in a budget of multiply-adds, found by bisection."""
     low, high, found = 0, len(SETTINGS) - 1, None
     while low <= high:
         middle = (low + high) // 2
-        network = make(SETTINGS[middle])
-        if macs_of(network) <= budget:
+        network = made(make, SETTINGS[middle])
+        if network is not None and macs_of(network) <= budget:
             found, low = (SETTINGS[middle], network), middle + 1
         else:
             high = middle - 1
@@ -104,6 +113,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    done = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
     data = load_data("fashion-mnist", root=args.data_root)
     teacher = teacher_of("resnet20", data, args.runs)
     chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:IMAGES]
@@ -123,11 +133,17 @@ def main() -> None:
         with args.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    note("none", "teacher", (None, teacher), scores={"as it is": score(teacher)})
+    def is_there(budget: str, who: str) -> bool:
+        return any((row["budget"], row["who"]) == (budget, who) for row in done)
+
+    if not is_there("none", "teacher"):
+        note("none", "teacher", (None, teacher), scores={"as it is": score(teacher)})
     layers = [name for name, op in cs.rewrite(teacher, "group").named_modules() if isinstance(op, AbstractCheapConv)]
     for op in BUDGETS:
         budget = macs_of(cs.rewrite(teacher, op, options=OPTIONS.get(op)))
         for who, make in peers(teacher, layers):
+            if is_there(op, who):
+                continue
             started = time.monotonic()
             if (found := within(make, budget)) is None:
                 note(op, who, None)
@@ -137,6 +153,8 @@ def main() -> None:
             scores["batch-norm statistics"] = score(found[1])
             note(op, who, found, scores=scores, seconds=round(time.monotonic() - started))
         for ours in (op, *OURS):
+            if is_there(op, f"convsurgeon {ours}"):
+                continue
             if (found := own(ours, teacher, budget)) is None:
                 note(op, f"convsurgeon {ours}", None)
                 continue
