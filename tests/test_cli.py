@@ -486,6 +486,26 @@ class TestConvert:
         assert [each["fqns"] for each in data["plan"]["decisions"] if each["op"]] == [["conv2"]]
         assert type(cs.load(program.folder / "e.pt", trust=True).conv1) is nn.Conv2d
 
+    @pytest.mark.parametrize(("op", "rank"), [("lowrank", "90%"), ("cp", "60%"), ("cp", 0.5), ("lowrank", 10**6)])
+    def test_a_plan_that_asks_for_a_share_holds_numbers_once_carried_out(
+        self, program: Program, op: str, rank: object
+    ) -> None:
+        program("convert", "mynet:Net", "--weights", "weights.pt", "--to", op, "-o", "a.safetensors").done()
+        plan = json.loads((program.folder / "a.plan.json").read_text())
+        conv2 = next(each for each in plan["decisions"] if each["fqns"] == ["conv2"])
+        conv2["options"] = {"rank": rank}
+        (program.folder / "edited.json").write_text(json.dumps(plan))
+        choice = ("--weights", "weights.pt", "--plan", "edited.json", "-o", "b.safetensors")
+        program("convert", "mynet:Net", *choice).done()
+        student = cs.load(program.folder / "b.safetensors", trust=True)
+        done = next(each for each in cs.plan_of(student).decisions if each.fqn == "conv2")
+        written = json.loads((program.folder / "b.plan.json").read_text())["decisions"]
+        assert done.options == student.conv2.options == written[plan["decisions"].index(conv2)]["options"]
+        numbers = [number for number in done.options.values() if number is not None]
+        assert numbers
+        assert all(isinstance(number, int) and number < 10**4 for number in numbers)
+        assert f"rank={done.options['rank']}" in done.reason
+
     def test_selectors(self, program: Program) -> None:
         def converted(*args: str) -> dict[str, str]:
             data = program("convert", "mynet:Net", "--dry-run", "--json", *args).done().data

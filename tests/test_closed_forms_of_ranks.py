@@ -227,6 +227,14 @@ def test_polyadic_finds_a_kernel_of_so_few_terms(sides: tuple[int, int, int], ra
     assert apart.amin(dim=1).max() < max(1e-9, 100 * torch.finfo(dtype).eps) * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rank", [64, 60, 70, 200])
+def test_polyadic_finds_most_of_a_rounded_kernel_of_as_many_terms_or_fewer(rank: int, dtype: torch.dtype) -> None:
+    kernel = summed(*(random(side, 60, seed=seed) for seed, side in enumerate((64, 64, 9)))).to(dtype)
+    assert share_lost(kernel, rank) < 1e-9
+    assert terms_keeping(kernel, 0.999999) <= 60
+
+
 @pytest.mark.parametrize("sides", [(6, 5, 4), (2, 5, 9), (9, 2, 4), (8, 8, 3)])
 @pytest.mark.parametrize("more", [0, 3])
 def test_polyadic_meets_every_kernel_at_full_rank(sides: tuple[int, int, int], more: int) -> None:

@@ -425,6 +425,15 @@ def test_a_plan_is_frozen_and_can_be_edited_into_another() -> None:
     assert len(found.converted) == 3
 
 
+@pytest.mark.parametrize("options", [{"rank": "90%"}, {}])
+def test_numbers_that_are_not_finite_are_told_of_their_convolution(options: dict[str, object]) -> None:
+    net = Small()
+    with torch.no_grad():
+        net.conv2.weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(cs.errors.UnsupportedConvError, match=r"^conv2: its weight holds NaN or infinite numbers"):
+        cs.rewrite(net, "lowrank", options=options)
+
+
 def test_an_edited_plan_says_so() -> None:
     data = plan(Small(), "shift").to_dict()
     by_name = {item["fqns"][0]: item for item in data["decisions"]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,6 +106,7 @@ def run(
     student = rewrite(
         network, the_plan, example_inputs=example, report=lambda event: checked.append(event.message or "")
     )
+    the_plan = _as_carried_out(the_plan, student)
     if example is None:
         say("note: no input shape is known, so there are no sizes and no MACs; say --input-shape 1,3,224,224 for them")
     if not dry_run:
@@ -128,6 +129,17 @@ def run(
         draw(calibrated)
     for what, path in written.items():
         tell(f"{what.replace('_', ' ')}: {path}")
+
+
+def _as_carried_out(the_plan: Plan, student: Any) -> Plan:
+    """Return the plan with the options that the ops have come to: one that was given may ask for a share of energy."""
+    from convsurgeon.surgery import plan_of
+
+    carried_out = plan_of(student)
+    assert carried_out is not None
+    done = {decision.fqns: decision for decision in carried_out.converted}
+    decisions = (decision if decision.op is None else done[decision.fqns] for decision in the_plan.decisions)
+    return replace(the_plan, decisions=tuple(decisions))
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,24 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convsurgeon.factorization._blocks import Blocks, power_of_two, refuse_unless_finite
 
 # a sweep that gains less than this share of the energy is the last
 _ENOUGH = 1e-9
 # so many sweeps, and then so many steps of a descent, are done at most, each as long as no more multiply-adds than
-# these have been done, a second or two; on kernels of a trained ResNet-20 ten times as many kept up to 1.5 % more
-# of the energy
-_SWEEPS, _STEPS, _WORK = 30, 60, 2 * 10**10
+# these have been done, some seconds, but so many sweeps in any case; on kernels of a trained ResNet-20 ten times as
+# many of both kept up to 1.5 % more of the energy
+_SWEEPS, _STEPS, _WORK, _FEWEST = 30, 60, 4 * 10**10, 8
 # what holds a sweep back from far steps along directions that hardly matter, a share of the mean curvature
 _DAMPING = 1e-9
 # what is lost by an exact decomposition is less than this share of the energy, or than so many roundings in a row
 _EXACT, _ROUNDINGS = 1e-16, 8
 # eigenvectors of matrices of a larger condition number are not trusted
 _CONDITION = 1e12
+# from terms that lose no more than this share of the energy no other start is tried
+_NEARLY = 1e-4
 # terms of less than this share of the largest one's size keep two factors large, so that they can learn
 _FAINT = 1e-6
 
@@ -50,12 +52,13 @@ def polyadic(kernel_OIK: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Approximate a kernel by ``sum_r out[o, r] * in[i, r] * position[k, r]``.
 
     Where the kernel itself is of so few terms, at most as many as it has input and as it has output channels, they
-    are found by eigenvectors (Leurgans, Ross and Abel, 1993). Else one factor is solved for the two others as they
-    are, in turns, each time by least squares, so that the error never rises (alternating least squares; Harshman,
-    1970), and then all descend together by L-BFGS (Liu and Nocedal, 1989), which is faster where such turns creep.
-    This ends near a local optimum; no method is known that always finds the global one, and for some kernels there is
-    none (De Silva and Lim, 2008, arXiv:math/0607647). The start is made of singular vectors, and of numbers drawn with
-    a fixed seed. With as many terms as the product of the two smallest sides, every kernel is met exactly.
+    are found by eigenvectors (Leurgans, Ross and Abel, 1993), up to what rounding has left of them. Else one factor is
+    solved for the two others as they are, in turns, each time by least squares, so that the error never rises
+    (alternating least squares; Harshman, 1970), and then all descend together by L-BFGS (Liu and Nocedal, 1989), which
+    is faster where such turns creep. This ends near a local optimum; no method is known that always finds the global
+    one, and for some kernels there is none (De Silva and Lim, 2008, arXiv:math/0607647). The start is made of singular
+    vectors, and of numbers drawn with a fixed seed. With as many terms as the product of the two smallest sides, every
+    kernel is met exactly.
 
     A term's size is split evenly over its three vectors. Arithmetic is float64, block by block, on one processor
     thread.
@@ -76,7 +79,9 @@ def polyadic(kernel_OIK: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 @torch.no_grad()
 @_one_thread()
 def terms_keeping(kernel_OIK: Tensor, share: float) -> int:
-    """Return a number of terms with which `polyadic` keeps a share (0..1) of a kernel's energy, found by bisection.
+    """Return a number of terms with which `polyadic` keeps a share (0..1) of a kernel's energy.
+
+    It is found by bisection, as if more terms always kept more, and without the descent: fewer may do.
 
     Shape:
         - kernel_OIK: `(O, I, K)`
@@ -85,11 +90,18 @@ def terms_keeping(kernel_OIK: Tensor, share: float) -> int:
         UnsupportedConvError: if a number is NaN or infinite.
     """
     kernel = _Kernel(kernel_OIK)
-    low, high = 1, full_rank(*kernel_OIK.shape)
+
+    def keeps(rank: int) -> bool:
+        return kernel.energy - kernel.lost(_terms(kernel, rank, steps=0)) >= share * kernel.energy - kernel.exact
+
+    # few terms are tried first: they take less time
+    full = full_rank(*kernel_OIK.shape)
+    low, high = 1, max(1, full // 32)
+    while high < full and not keeps(high):
+        low, high = high + 1, min(2 * high, full)
     while low < high:
         middle = (low + high) // 2
-        kept = kernel.energy - kernel.lost(_terms(kernel, middle))
-        low, high = (low, middle) if kept >= share * kernel.energy else (middle + 1, high)
+        low, high = (low, middle) if keeps(middle) else (middle + 1, high)
     return high
 
 
@@ -169,13 +181,17 @@ class _Kernel:
         return target_IR
 
 
-def _terms(kernel: _Kernel, rank: int) -> _Terms:
+def _terms(kernel: _Kernel, rank: int, steps: int | None = None) -> _Terms:
     if not kernel.energy:
         return _Terms(kernel.zeros(1, rank), kernel.zeros(2, rank), kernel.zeros(0, rank))
     if rank >= full_rank(*kernel.kernel_KOI.shape):
         return _trivial(kernel, rank)
-    found = _by_eigenvectors(kernel, rank) if rank <= min(kernel.kernel_KOI.shape[1:]) else None
-    return found or _descended(kernel, _in_turns(kernel, _start(kernel, rank)))
+    found = _by_eigenvectors(kernel, rank)
+    if found is not None and kernel.lost(found) <= kernel.exact:
+        return found
+    if found is None or kernel.lost(found) > _NEARLY * kernel.energy:
+        found = _in_turns(kernel, _start(kernel, rank))
+    return _descended(kernel, found, _STEPS if steps is None else steps)
 
 
 def _drawn(side: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -207,7 +223,7 @@ def _trivial(kernel: _Kernel, rank: int) -> _Terms:
 
 
 def _by_eigenvectors(kernel: _Kernel, rank: int) -> _Terms | None:
-    """Return the terms of a kernel that consists of so few, or None.
+    """Return the terms of a kernel that may consist of so few or fewer, as far as rounding allows, or None.
 
     Two mixtures of the positions' matrices have the same output vectors and the same input vectors, with different
     sizes: the output vectors are the eigenvectors of the one times the inverse of the other.
@@ -216,23 +232,25 @@ def _by_eigenvectors(kernel: _Kernel, rank: int) -> _Terms | None:
     weights_2K = _drawn(2, len(kernel.kernel_KOI), generator).to(kernel.kernel_KOI.device)
     one_OI, other_OI = (kernel.mixture(weights_K) for weights_K in weights_2K)
     left_OR, size_R, right_RI = torch.linalg.svd(one_OI, full_matrices=False)
-    beyond = float(size_R[rank:].square().sum())
-    if beyond > kernel.exact or size_R[rank - 1] * _CONDITION <= size_R[0]:
+    beyond_R = size_R.square().flip(0).cumsum(0).flip(0)
+    there = int((beyond_R > kernel.exact).sum())
+    if not 0 < there <= rank or (there == len(size_R) < rank) or size_R[there - 1] * _CONDITION <= size_R[0]:
         return None
-    left_OR, size_R, right_RI = left_OR[:, :rank], size_R[:rank], right_RI[:rank]
+    left_OR, size_R, right_RI = left_OR[:, :there], size_R[:there], right_RI[:there]
     vectors_RR = torch.linalg.eig(left_OR.T @ other_OI @ right_RI.T / size_R).eigenvectors
     if bool(vectors_RR.imag.any()) or not torch.linalg.cond(vectors_RR.real) < _CONDITION:
         return None
     into = torch.linalg.solve(vectors_RR.real, size_R[:, None] * right_RI).T
-    terms = _in_turns(kernel, _Terms(_unit(left_OR @ vectors_RR.real), _unit(into), kernel.zeros(0, rank)))
-    return terms if kernel.lost(terms) <= kernel.exact else None
+    terms = _in_turns(kernel, _Terms(_unit(left_OR @ vectors_RR.real), _unit(into), kernel.zeros(0, there)))
+    return _Terms(*(nn.functional.pad(factor, (0, rank - there)) for factor in astuple(terms)))
 
 
 def _in_turns(kernel: _Kernel, terms: _Terms) -> _Terms:
     """Solve for the positions, the outputs and the inputs of all terms in turns."""
     rank = terms.out.shape[1]
     lost = kernel.energy
-    for _ in range(max(2, min(_SWEEPS, _WORK // (2 * kernel.kernel_KOI.numel() * rank)))):
+    sweeps = max(_FEWEST, _WORK // (2 * kernel.kernel_KOI.numel() * rank))
+    for _ in range(min(_SWEEPS, sweeps)):
         positions, target_OR = _Solver(terms.out, terms.into), torch.zeros_like(terms.out)
         for taps, through_KOR in kernel.through(terms.into):
             target_KR = torch.einsum("kor,or->kr", through_KOR, terms.out)
@@ -266,9 +284,9 @@ class _Solver:
         return solved
 
 
-def _descended(kernel: _Kernel, terms: _Terms) -> _Terms:
-    """Return the terms after some steps of L-BFGS on all of them."""
-    steps = min(_STEPS, _WORK // (4 * kernel.kernel_KOI.numel() * terms.out.shape[1]))
+def _descended(kernel: _Kernel, terms: _Terms, steps: int) -> _Terms:
+    """Return the terms after at most so many steps of L-BFGS on all of them."""
+    steps = min(steps, _WORK // (4 * kernel.kernel_KOI.numel() * terms.out.shape[1]))
     if steps < 1:
         return terms
     moving = _split(terms)

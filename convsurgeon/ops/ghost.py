@@ -28,7 +28,7 @@ class GhostConv2d(AbstractCheapConv):
     is; here it has a filter too, of which a copy is a special case, and the filters carry the stride.
 
     Several filters on one channel are slow on large images: in onnxruntime (fp32, one thread) 64 channels at 56 px
-    took 0.61 ms, and 0.39 ms as `bsconv`, which has twice the MACs; 256 at 14 px took 0.23 and 0.27 ms
+    took 0.41 ms, and 0.32 ms as `bsconv`, which has twice the MACs; 256 at 14 px took 0.23 and 0.26 ms
     (`python docs/benchmarks/op_latency.py --channels 64 --size 56`).
 
     Where `ratio` does not divide the output channels, the largest divisor below it is taken.
@@ -62,7 +62,7 @@ class GhostConv2d(AbstractCheapConv):
         "the energy of a trained ResNet-20"
     )
     slow: ClassVar[str] = (
-        "large images: several filters on one channel took 1.6x the time of bsconv at 56 px; stride 2: the "
+        "large images: several filters on one channel took 1.3x the time of bsconv at 56 px; stride 2: the "
         "1x1 runs at input size"
     )
     last: ClassVar[str] = "cheap"

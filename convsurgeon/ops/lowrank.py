@@ -28,7 +28,7 @@ class LowRankConv2d(AbstractLowRank):
     The basis carries stride, padding and dilation, the 1x1 the bias.
 
     Keeps the main directions of all filters together. In onnxruntime (fp32, one thread, 64 channels at 56 px
-    to 256 at 14) a 3x3 was 3.3 to 3.8 times as fast as dense, a 1x1 1.8 times
+    to 256 at 14) a 3x3 was 3.3 to 3.6 times as fast as dense, a 1x1 1.9 times
     (`python docs/benchmarks/op_latency.py`).
 
     A 1x1 convolution becomes two: it is the op for networks that consist of them. It is applied to
@@ -58,7 +58,7 @@ class LowRankConv2d(AbstractLowRank):
     reference: ClassVar[str] = "Zhang et al., 2014, arXiv:1411.4229"
     cost: ClassVar[str] = "R*(I*K + O)*P*Q MACs, R*(I*K + O) weights, R = rank"
     keeps: ClassVar[str] = "the R main directions of all filters together; 55 % of the energy of a trained ResNet-20"
-    slow: ClassVar[str] = "1x1 convolutions: two for one were 1.8x as fast at 2x fewer MACs"
+    slow: ClassVar[str] = "1x1 convolutions: two for one were 1.9x as fast at 2x fewer MACs"
     last: ClassVar[str] = "pointwise"
 
     @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class SpatialSVDConv2d(AbstractLowRank):
     is padding one after the other.
 
     At the cost of eight groups it kept .86 of the energy of a trained VGG-16's 3x3 kernels. In onnxruntime (fp32,
-    one thread) it was 2.8 times as fast as dense for 64 channels at 56 px, 4.1 times for 256 at 14 px, and
+    one thread) it was 2.8 times as fast as dense for 64 channels at 56 px, 3.9 times for 256 at 14 px, and
     2.5 times at stride 2 (`python docs/benchmarks/op_latency.py`).
 
     Shape:
@@ -61,7 +61,7 @@ class SpatialSVDConv2d(AbstractLowRank):
         "the R main products of a vertical and a horizontal pattern; 60 % of the energy of a trained ResNet-20"
     )
     slow: ClassVar[str] = (
-        "stride 2: the vertical part runs at the input's width (2.5x as fast as dense, 2.8x to 4.1x else)"
+        "stride 2: the vertical part runs at the input's width (2.5x as fast as dense, 2.8x to 3.9x else)"
     )
     last: ClassVar[str] = "horizontal"
 

@@ -28,8 +28,8 @@ class TuckerConv2d(AbstractCheapConv):
     The core carries stride, padding and dilation, the last 1x1 the bias.
 
     At the cost of eight groups it kept .84 of the energy of a trained VGG-16's 3x3 kernels. Three convolutions
-    for one are slower than their MACs say, 4 times fewer: in onnxruntime (fp32, one thread) 2.3 times as fast as
-    dense for 64 channels at 56 px, 3.4 times for 256 at 14 px, and 1.8 times at stride 2
+    for one are slower than their MACs say, 4 times fewer: in onnxruntime (fp32, one thread) 2.6 times as fast as
+    dense for 64 channels at 56 px, 3.1 times for 256 at 14 px, and 1.8 times at stride 2
     (`python docs/benchmarks/op_latency.py`).
 
     Shape:
@@ -59,7 +59,7 @@ class TuckerConv2d(AbstractCheapConv):
         "the A and C main directions of the input and of the output channels; 59 % of the energy of a trained ResNet-20"
     )
     slow: ClassVar[str] = (
-        "three convolutions for one: 2.3x as fast at 3.9x fewer MACs; stride 2: 1.8x, since the first runs at "
+        "three convolutions for one: 2.6x as fast at 3.9x fewer MACs; stride 2: 1.8x, since the first runs at "
         "input size"
     )
     last: ClassVar[str] = "expand"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
 
 from convsurgeon import ops
-from convsurgeon.errors import NothingToConvertError, PlanError, SurveyError, one_line
+from convsurgeon.errors import NothingToConvertError, PlanError, SurveyError, UnsupportedConvError, one_line
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import ConvSpec
 from convsurgeon.surgery._copies import ExampleInputs
@@ -228,7 +228,10 @@ def _decide(site: Site, selectors: Selectors, model: nn.Module | Survey) -> Deci
         if isinstance(model, Survey):
             raise SurveyError(f"{name}: a share of energy needs the model, not its survey: call plan(model, ...)")
         kernel = dense_kernel(model, site.fqns[0])
-    options = op.fit_options(site.spec, wished, kernel)
+    try:
+        options = op.fit_options(site.spec, wished, kernel)
+    except UnsupportedConvError as error:
+        raise UnsupportedConvError(f"{site.fqn}: {error}") from error
     if reason := op.why_not(site.spec, options):
         return _keep(site, f"{name} refused", f"{name}: {reason}")
     ratio = mac_ratio(site.spec, op, options)
@@ -277,6 +280,15 @@ def _converted_reason(ratio: float, wished: Any, options: Any) -> str:
     ]
     verb = f"{ratio:.1f}x fewer MACs" if ratio >= 1 else f"{1 / ratio:.1f}x more MACs, as mapped"
     return "; ".join([verb, *change])
+
+
+def with_fitted_options(decision: Decision, op: AbstractCheapConv) -> Decision:
+    """Return a decision with the options that its op has come to, and a reason that says so where they are others."""
+    wished, fitted = op.parse_options(decision.options), op.parse_options(op.options)
+    if fitted == wished:
+        return decision
+    reason = _converted_reason(mac_ratio(op.spec, type(op), fitted), wished, fitted)
+    return replace(decision, options=asdict(fitted), reason=reason)
 
 
 def _change(key: str, asked: Any, value: Any) -> str:

@@ -27,7 +27,7 @@ from convsurgeon.surgery._donors import Donor, find_donor, plain_convolution
 from convsurgeon.surgery._functional import Names
 from convsurgeon.surgery._guard import check_outputs, compare_outputs
 from convsurgeon.surgery._outside import untouched_outside
-from convsurgeon.surgery._plan import Decision, Plan, decide
+from convsurgeon.surgery._plan import Decision, Plan, decide, with_fitted_options
 from convsurgeon.surgery._selectors import FilterFn
 from convsurgeon.surgery._sites import describe, shared_weights, walk
 from convsurgeon.surgery._survey import look
@@ -132,6 +132,7 @@ def _carry_out(model: nn.Module, the_plan: Plan, *, initialize: bool) -> nn.Modu
     with untouched_outside(model):
         replacements = _find_donors(model, the_plan)
     memo: dict[int, Any] = {}
+    fitted: dict[tuple[str, ...], Decision] = {}
     # the first op in a process makes torch import sympy, which adds a warnings filter of its own
     with warnings.catch_warnings():
         for decision, donor, replaced in replacements:
@@ -141,6 +142,8 @@ def _carry_out(model: nn.Module, the_plan: Plan, *, initialize: bool) -> nn.Modu
             except UnsupportedConvError as error:
                 raise UnsupportedConvError(f"{decision.fqn}: {error}") from error
             memo[id(replaced)] = op
+            fitted[decision.fqns] = with_fitted_options(decision, op)
+    the_plan = replace(the_plan, decisions=tuple(fitted.get(each.fqns, each) for each in the_plan.decisions))
     for _, donor, replaced in replacements:
         if isinstance(replaced, nn.Module):
             _take_over(replaced, memo[id(replaced)], memo, dropped=donor.dropped)
