@@ -497,14 +497,12 @@ class TestConvert:
         (program.folder / "edited.json").write_text(json.dumps(plan))
         choice = ("--weights", "weights.pt", "--plan", "edited.json", "-o", "b.safetensors")
         program("convert", "mynet:Net", *choice).done()
-        student = cs.load(program.folder / "b.safetensors", trust=True)
-        done = next(each for each in cs.plan_of(student).decisions if each.fqn == "conv2")
+        program("inspect", "b.safetensors", *TRUST).done()  # it can be read again
         written = json.loads((program.folder / "b.plan.json").read_text())["decisions"]
-        assert done.options == student.conv2.options == written[plan["decisions"].index(conv2)]["options"]
-        numbers = [number for number in done.options.values() if number is not None]
-        assert numbers
-        assert all(isinstance(number, int) and number < 10**4 for number in numbers)
-        assert f"rank={done.options['rank']}" in done.reason
+        done = written[plan["decisions"].index(conv2)]
+        assert type(done["options"]["rank"]) is int
+        assert 1 <= done["options"]["rank"] < 10**4
+        assert f"rank={done['options']['rank']}" in done["reason"]
 
     def test_selectors(self, program: Program) -> None:
         def converted(*args: str) -> dict[str, str]:

@@ -58,7 +58,8 @@ class Calls:
 
 @pytest.fixture
 def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Write `NET` to mynet.py where it can be imported; forget it afterwards."""
+    """Write `NET` to mynet.py where it can be imported; forget it afterwards, and what another test left there."""
+    sys.modules.pop("mynet", None)
     (tmp_path / "mynet.py").write_text(NET)
     monkeypatch.syspath_prepend(tmp_path)
     yield __import__("mynet")
