@@ -301,6 +301,15 @@ def test_polyadic_of_zeros_and_of_less_than_its_rank_can_learn() -> None:
         assert min(into.norm(dim=0).min(), position.norm(dim=0).min()) > 0.1
 
 
+def test_polyadic_keeps_two_vectors_of_a_faint_term_large() -> None:
+    faint = torch.tensor([1, 1e-7], dtype=torch.float64)
+    kernel = summed(random(5, 2) * faint, random(4, 2, seed=1), random(3, 2, seed=2))
+    out, into, position = polyadic(kernel, 2)
+    torch.testing.assert_close(summed(out, into, position), kernel, rtol=0, atol=1e-9)
+    assert 0 < out.norm(dim=0).min() < 1e-4
+    assert min(into.norm(dim=0).min(), position.norm(dim=0).min()) > 0.1
+
+
 @pytest.mark.parametrize("size", [7, 40, 300])
 def test_polyadic_does_not_depend_on_the_blocks(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, terms = random(8, 7, 9), [random(side, 6, seed=seed) for seed, side in enumerate((8, 7, 9))]

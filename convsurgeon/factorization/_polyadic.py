@@ -71,8 +71,8 @@ def polyadic(kernel_OIK: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         UnsupportedConvError: if a number is NaN or infinite.
     """
     kernel = _Kernel(kernel_OIK)
-    third = kernel.scale ** (1 / 3)
-    out, into, position = ((factor * third).to(kernel_OIK.dtype) for factor in astuple(_split(_terms(kernel, rank))))
+    third, terms = kernel.scale ** (1 / 3), _split(_terms(kernel, rank, _STEPS))
+    out, into, position = ((factor * third).to(kernel_OIK.dtype) for factor in astuple(terms))
     return out, into, position
 
 
@@ -181,17 +181,19 @@ class _Kernel:
         return target_IR
 
 
-def _terms(kernel: _Kernel, rank: int, steps: int | None = None) -> _Terms:
+def _terms(kernel: _Kernel, rank: int, steps: int) -> _Terms:
+    """Return the terms of a kernel, of which a search ends with so many steps of the descent."""
     if not kernel.energy:
         return _Terms(kernel.zeros(1, rank), kernel.zeros(2, rank), kernel.zeros(0, rank))
     if rank >= full_rank(*kernel.kernel_KOI.shape):
         return _trivial(kernel, rank)
-    found = _by_eigenvectors(kernel, rank)
-    if found is not None and kernel.lost(found) <= kernel.exact:
-        return found
-    if found is None or kernel.lost(found) > _NEARLY * kernel.energy:
-        found = _in_turns(kernel, _start(kernel, rank))
-    return _descended(kernel, found, _STEPS if steps is None else steps)
+    if found := _by_eigenvectors(kernel, rank):
+        lost = kernel.lost(found)
+        if lost <= kernel.exact:
+            return found
+        if lost <= _NEARLY * kernel.energy:
+            return _descended(kernel, found, steps)
+    return _descended(kernel, _in_turns(kernel, _start(kernel, rank)), steps)
 
 
 def _drawn(side: int, columns: int, generator: torch.Generator) -> Tensor:
