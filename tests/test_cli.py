@@ -202,7 +202,20 @@ def refusals() -> dict[str, tuple[str, str]]:
         "calibration data that is not": (
             f"convert {named} --calibrate nowhere",
             "unknown data set 'nowhere'. Available: cifar10, cifar100, digits, fashion-mnist, imagefolder:DIR, "
-            "package.module:factory.",
+            "package.module:factory. There is no folder of that name either.",
+        ),
+        "a place of data sets beside a folder": (
+            f"convert {named} --calibrate . --data-root elsewhere",
+            ". is a folder of its own; leave out --data-root: downloaded data sets lie there",
+        ),
+        "a place of data sets beside a folder of classes": (
+            f"evaluate {named} --data imagefolder:pictures --data-root elsewhere",
+            "imagefolder:pictures is a folder of its own; leave out --data-root: downloaded data sets lie there",
+        ),
+        "size of calibration images that come as they are": (
+            f"convert {named} --calibrate mydata:make --size 8",
+            "mydata:make gives its images as they are to be taken; "
+            "leave out --data-root, --size, --mean, --std and --color",
         ),
         "a polish of no time": (
             f"convert {named} --calibrate digits --polish-minutes 0",
@@ -774,6 +787,14 @@ class TestOps:
         for name in ops.names():
             assert re.search(rf"^│ {name} ", table, flags=re.MULTILINE)
         assert "groups=8" in table
+
+    def test_one_op(self, program: Program) -> None:
+        all_of_them = {row["name"]: row for row in program("ops", "--json").done().data["ops"]}
+        assert program("ops", "shift", "--json").done().data == {"ops": [all_of_them["shift"]]}
+        table = program("ops", "shift").done().out
+        assert "expansion=1" in table
+        assert "groups=8" not in table
+        assert program("ops", "shft").error.startswith("unknown op 'shft'. Did you mean 'shift'?")
 
 
 class TestEvaluate:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import convsurgeon as cs
 from convsurgeon import ops
 from convsurgeon.ops import AbstractCheapConv
+from convsurgeon.progress import Progress
 from convsurgeon.surgery import plan, plan_of, rebuild, rewrite
 
 X8 = torch.linspace(-1, 1, 8 * 36).reshape(1, 8, 6, 6)
@@ -55,6 +56,13 @@ def test_each_op_starts_from_its_own_donor() -> None:
         expected = ops.get("depthwise").from_conv(model[index])
         assert_bit_identical(student[index], expected)
     assert not torch.equal(student[0].spatial.weight, student[1].spatial.weight)
+
+
+def test_each_replacement_is_reported() -> None:
+    events: list[Progress] = []
+    rewrite(Small(), "group", report=events.append)
+    seen = [(event.done, event.total, event.message) for event in events if event.stage == "replace"]
+    assert seen == [(0, 3, "conv1"), (1, 3, "conv2"), (2, 3, "last"), (3, 3, "")]
 
 
 def test_a_shared_module_is_converted_once_and_everywhere() -> None:

@@ -9,7 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from convsurgeon.cli._drawing import Drawing, console, say, tell
-from convsurgeon.errors import OptionError
+from convsurgeon.errors import OptionError, UnknownNameError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,12 +64,20 @@ class CalibrationRequest:
 
     def load(self, model: nn.Module) -> tuple[Any, bool]:
         """Return the images, as the model takes them, and whether they may be mirrored."""
+        from convsurgeon.cli._models import refuse_idle_flags
         from convsurgeon.data import ImageSet, default_preprocessing, is_folder, load_images
         from convsurgeon.preprocessing import IMAGENET, parse_preprocessing, preprocessing_of
 
         if not self.data:
             raise OptionError("--calibrate needs a folder of images or the name of a data set, got an empty string")
-        named = None if is_folder(self.data) else default_preprocessing(self.data)
+        folder = is_folder(self.data)
+        by_path = folder or self.data.startswith("imagefolder:")
+        looks = (self.size, self.mean, self.std, self.color)
+        refuse_idle_flags(self.data, root=self.data_root, looks=looks, folder=by_path)
+        try:
+            named = None if folder else default_preprocessing(self.data)
+        except UnknownNameError as error:
+            raise UnknownNameError(f"{error} There is no folder of that name either.") from error
         # nobody trained on ImageNet's crop of another size
         unknown = IMAGENET if self.size is None else replace(IMAGENET, crop=1.0)
         start = preprocessing_of(model) or named or unknown

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _PLAIN_WIDTH = 160
 _PLAIN_SECONDS = 10.0
 # of what a line is printed now and then where there is no terminal, and how a step of it is called
-_STEPS = {"train": "step", "fit": "fit of convolution", "polish": "step"}
+_STEPS = {"replace": "convolution", "train": "step", "fit": "fit of convolution", "polish": "step"}
 
 
 class _Console(Console):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,21 @@ def need_example(model: nn.Module, input_shape: str | None) -> Tensor:
     return example
 
 
+def refuse_idle_flags(name: str, *, root: Path | None, looks: Iterable[str | None], folder: bool) -> None:
+    """Raise an `OptionError` for flags that change nothing about the data that are named beside them.
+
+    Args:
+        looks: what `--size`, `--mean`, `--std` and `--color` say.
+        folder: whether the data are named by the path of their folder.
+    """
+    if folder and root:
+        raise OptionError(f"{name} is a folder of its own; leave out --data-root: downloaded data sets lie there")
+    if ":" in name and not folder and any((root, *looks)):
+        raise OptionError(
+            f"{name} gives its images as they are to be taken; leave out --data-root, --size, --mean, --std and --color"
+        )
+
+
 def load_splits(
     name: str | None,
     base: Preprocessing | None,
@@ -165,10 +181,7 @@ def load_splits(
         raise DataError(
             f"which data? Say --data with one of {', '.join(names())}, imagefolder:DIR or package.module:factory"
         )
-    if ":" in name and not name.startswith("imagefolder:") and any((root, size, mean, std, color)):
-        raise OptionError(
-            f"{name} gives its images as they are to be taken; leave out --data-root, --size, --mean, --std and --color"
-        )
+    refuse_idle_flags(name, root=root, looks=(size, mean, std, color), folder=name.startswith("imagefolder:"))
     start = base or default_preprocessing(name) or IMAGENET
     wanted = parse_preprocessing(start, size=size, mean=mean, std=std, color=color)
     splits = load_data(name, root=root, preprocessing=wanted, val_fraction=val_fraction, seed=seed)

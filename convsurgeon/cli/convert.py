@@ -12,8 +12,9 @@ import typer
 
 from convsurgeon.cli import _arguments as arguments
 from convsurgeon.cli._arguments import DEFAULT_OP
-from convsurgeon.cli._drawing import big, console, emit, fewer, say, tell
+from convsurgeon.cli._drawing import Drawing, big, console, emit, fewer, say, tell
 from convsurgeon.errors import OptionError, OutputError, SurveyError
+from convsurgeon.progress import Progress
 
 if TYPE_CHECKING:
     from convsurgeon.surgery import Plan, Survey
@@ -103,9 +104,15 @@ def run(
         sources = {"model": model, "file of weights": weights, "plan that was given": plan}
         files.check(sources, calibrated=images is not None, force=force)
     checked: list[str] = []
-    student = rewrite(
-        network, the_plan, example_inputs=example, report=lambda event: checked.append(event.message or "")
-    )
+    with Drawing() as drawing:
+
+        def follow(event: Progress) -> None:
+            if event.stage == "rewrite":
+                checked.append(event.message)
+            else:
+                drawing(event)
+
+        student = rewrite(network, the_plan, example_inputs=example, report=follow)
     the_plan = _as_carried_out(the_plan, student)
     if example is None:
         say("note: no input shape is known, so there are no sizes and no MACs; say --input-shape 1,3,224,224 for them")

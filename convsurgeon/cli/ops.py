@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import typer
 
 from convsurgeon.cli import _arguments as arguments
 
@@ -13,20 +15,22 @@ _LETTERS = (
 )
 
 
-def run(json: arguments.Json = False) -> None:
+def run(
+    op: Annotated[str | None, typer.Argument(metavar="[OP]", help="Show this one only.")] = None,
+    json: arguments.Json = False,
+) -> None:
     """List the cheap convolutions: what they are, cost and keep, where they are slow, their options and papers."""
     from rich.table import Table
 
     from convsurgeon import ops
     from convsurgeon.cli._drawing import console, emit, tell
 
-    found = [ops.get(name) for name in ops.names()]
+    entries = [_entry(ops.get(name)) for name in ([op] if op else ops.names())]
     if json:
-        emit({"ops": [_entry(op) for op in found]})
+        emit({"ops": entries})
         return
     table = Table("op", "", show_lines=True)
-    for op in found:
-        entry = _entry(op)
+    for entry in entries:
         facts = Table.grid(padding=(0, 1))
         for what in ("structure", "cost", "keeps", "slow"):
             facts.add_row(what, entry[what])

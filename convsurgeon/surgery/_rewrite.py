@@ -71,7 +71,7 @@ def rewrite(
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Model and
             student are run on it, in eval and in train mode, and their outputs must have the same
             structure, ranks, dtypes and sizes. Without one, images of some sizes are tried.
-        report: is told what was compared, and what could not be.
+        report: is told how many convolutions are replaced, and what was compared and could not be.
 
     Raises:
         NothingToConvertError: if no convolution would be converted.
@@ -104,7 +104,7 @@ def rewrite(
             options=options,
             filter_fn=filter_fn,
         )
-    student = _carry_out(model, the_plan, initialize=True)
+    student = _carry_out(model, the_plan, initialize=True, report=report)
     checked = compare_outputs(model, student, example_inputs, expected=expected)
     report(Progress("rewrite", message=str(checked)))
     return student
@@ -113,7 +113,7 @@ def rewrite(
 @torch.inference_mode(False)
 def rebuild(model: nn.Module, the_plan: Plan) -> nn.Module:
     """Return what `rewrite` would, with the ops' parameters as they come from memory: weights must follow."""
-    return _carry_out(model, the_plan, initialize=False)
+    return _carry_out(model, the_plan, initialize=False, report=be_silent)
 
 
 def plan_of(student: nn.Module) -> Plan | None:
@@ -127,7 +127,7 @@ def plan_of(student: nn.Module) -> Plan | None:
     return None if data is None else Plan.from_dict(data)
 
 
-def _carry_out(model: nn.Module, the_plan: Plan, *, initialize: bool) -> nn.Module:
+def _carry_out(model: nn.Module, the_plan: Plan, *, initialize: bool, report: Report) -> nn.Module:
     expect_module(model)
     with untouched_outside(model):
         replacements = _find_donors(model, the_plan)
@@ -135,14 +135,16 @@ def _carry_out(model: nn.Module, the_plan: Plan, *, initialize: bool) -> nn.Modu
     fitted: dict[tuple[str, ...], Decision] = {}
     # the first op in a process makes torch import sympy, which adds a warnings filter of its own
     with warnings.catch_warnings():
-        for decision, donor, replaced in replacements:
+        for done, (decision, donor, replaced) in enumerate(replacements):
             assert decision.op is not None
+            report(Progress("replace", done, len(replacements), message=decision.fqn))
             try:
                 op = ops.get(decision.op).from_conv(donor.conv, decision.options, initialize=initialize)
             except UnsupportedConvError as error:
                 raise UnsupportedConvError(f"{decision.fqn}: {error}") from error
             memo[id(replaced)] = op
             fitted[decision.fqns] = with_fitted_options(decision, op)
+    report(Progress("replace", len(replacements), len(replacements)))
     the_plan = replace(the_plan, decisions=tuple(fitted.get(each.fqns, each) for each in the_plan.decisions))
     for _, donor, replaced in replacements:
         if isinstance(replaced, nn.Module):
