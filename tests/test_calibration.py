@@ -128,6 +128,17 @@ def test_single_precision_sums_are_as_good_as_double_ones() -> None:
 
 
 @pytest.mark.parametrize("name", ops.names())
+def test_channels_last_comes_to_the_same_fit(teacher: nn.Module, name: str) -> None:
+    last = copy.deepcopy(teacher).to(memory_format=torch.channels_last)
+    plain, same = (
+        calibrate_and_report(network, cs.rewrite(network, name), IMAGES, polish=False) for network in (teacher, last)
+    )
+    assert [site.after for site in same.sites] == pytest.approx([site.after for site in plain.sites], rel=1e-3)
+    strides = [tensor.stride() for tensor in cs.rewrite(last, name).state_dict().values()]
+    assert [tensor.stride() for tensor in same.student.state_dict().values()] == strides
+
+
+@pytest.mark.parametrize("name", ops.names())
 def test_a_fit_is_never_worse_and_finds_back_what_the_op_can_do(name: str) -> None:
     torch.manual_seed(0)
     donor = nn.Conv2d(6, 6, 3, bias=False)

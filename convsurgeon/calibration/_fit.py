@@ -48,7 +48,8 @@ def fit_op(op: AbstractCheapConv, donor_OF: Tensor, fitted: AbstractMoments, hel
     """
     everything = fitted.merged(held)  # type: ignore[attr-defined]
     start = _error_of(op, everything)
-    worker = copy.deepcopy(op).double().requires_grad_(True)
+    # L-BFGS takes contiguous parameters only; the op's may be channels_last
+    worker = copy.deepcopy(op).double().to(memory_format=torch.contiguous_format).requires_grad_(True)
     donor = donor_OF.double()
     if isinstance(everything, Gram):
         strength = _CHOICE_RIDGE * everything.feature_energy

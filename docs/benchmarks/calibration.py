@@ -134,6 +134,7 @@ def measure(row: dict[str, Any], teacher: nn.Module, data: DataSplits, seconds: 
         "stage_seconds": {stage.name: stage.seconds for stage in result.stages},
         "seconds": round(result.seconds, 1),
         "peak_gb": round(result.peak_memory / 1e9, 2),
+        "polish": result.to_dict()["polish"],
         "params": count_params(student),
         "macs": count_macs(student, IMAGE).true,
         "teacher_macs": count_macs(teacher, IMAGE).true,
