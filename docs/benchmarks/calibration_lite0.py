@@ -7,8 +7,9 @@
 The weights are those of the package (Apache-2.0), put into timm's `tf_efficientnet_lite0`. The pictures are
 stamps of Tux Paint (cut-out photographs), one to three on each, on crops of its photographs and of scikit-image's
 samples; stamps and backgrounds of the test pictures are others than those of the calibration. What is scored is how
-often student and original have the same highest class, which needs no labels. One JSON line a rank is appended to
-the results.
+often student and original have the same highest class, which needs no labels; beside it, how often the original has
+the same for a picture and for its mirror image, and the share among pictures of which it is sure. One JSON line a rank
+is appended to the results.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ KNOWN = {
 """What samples show, and the ImageNet classes that say so: cats, a cup or an espresso, a missile or a space shuttle."""
 SIZE, SMALLEST = 224, 90
 TEST_SHARE = 0.4
+SURE = 0.5
+"""The probability of the highest class from which on the original counts as sure."""
 
 
 def original() -> nn.Module:
@@ -119,13 +122,19 @@ def pictures(images: int, tests: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def classes_of(network: nn.Module, images: Tensor) -> Tensor:
     """Return the highest class `(N,)` of each picture."""
-    return torch.cat([network(batch).argmax(1) for batch in images.split(64)])
+    return best_of(network, images).indices
+
+
+@torch.no_grad()
+def best_of(network: nn.Module, images: Tensor) -> torch.return_types.max:
+    """Return the highest probability and its class, `(N,)` both, of each picture."""
+    return torch.cat([network(batch) for batch in images.split(64)]).softmax(1).max(1)
 
 
 def measure(network: nn.Module, rank: Any, images: Tensor, test: Tensor, seconds: float) -> dict[str, Any]:
     """Convert and calibrate once, and compare with the original after each stage."""
     student = cs.rewrite(network, "none", pointwise="lowrank", options={"rank": rank})
-    wanted = classes_of(network, test)
+    probability, wanted = best_of(network, test)
     result = calibrate_and_report(
         network,
         student,
@@ -134,12 +143,15 @@ def measure(network: nn.Module, rank: Any, images: Tensor, test: Tensor, seconds
         judge=lambda student: float((classes_of(student, test) == wanted).float().mean()),
         report=lambda event: print(event.message) if event.message else None,
     )
+    same = classes_of(result.student, test) == wanted
     sample = torch.zeros(1, 3, SIZE, SIZE)
     return {
         "rank": rank,
         "images": len(images),
         "tests": len(test),
         "scores": {stage.name: stage.score for stage in result.stages},
+        "sure": [float(same[probability > SURE].float().mean()), int((probability > SURE).sum())],
+        "original_on_mirror_images": float((classes_of(network, test.flip(-1)) == wanted).float().mean()),
         "seconds": round(result.seconds),
         "peak_gb": round(result.peak_memory / 1e9, 2),
         "params": [count_params(network), count_params(student)],
