@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +25,7 @@ from convsurgeon.calibration._fit import fit_op
 from convsurgeon.calibration._images import CalibrationImages, gather
 from convsurgeon.calibration._moments import Gram, Rows
 from convsurgeon.calibration._norms import estimate_statistics
-from convsurgeon.calibration._result import PolishRun, SiteFit
+from convsurgeon.calibration._result import PolishRun, SiteFit, Stage
 from convsurgeon.calibration._sites import CalibrationSite, sites_in_order
 from convsurgeon.distillation._muon import Muon
 from convsurgeon.errors import CalibrationError, DataError, DivergenceError, OptionError
@@ -743,9 +745,9 @@ def test_a_polish_that_is_stopped_says_nothing_of_runs_and_folders(
         cs.calibrate(teacher, cs.rewrite(teacher), IMAGES)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**40, 1.5, None])
+@pytest.mark.parametrize("seed", [-1, 2**40, 1.5, None, True])
 def test_seeds_that_are_refused(teacher: nn.Module, seed: Any) -> None:
-    with pytest.raises(OptionError, match="seed must be a whole number from 0 to 2147483647, got "):
+    with pytest.raises(OptionError, match="seed must be a whole number from 0 to 4294967295, got "):
         cs.calibrate(teacher, cs.rewrite(teacher), IMAGES, seed=seed)
 
 
@@ -773,7 +775,9 @@ def test_whatever_a_forward_raises_is_one_line() -> None:
             return super().forward({28: x}[x.shape[-1]])
 
     teacher = Lookup()
-    with pytest.raises(CalibrationError, match="the student cannot take images of 1x8x8: KeyError: 8; give them as it"):
+    with pytest.raises(
+        CalibrationError, match="the student cannot take 64 images of 1x8x8: KeyError: 8; give them as it"
+    ):
         cs.calibrate(teacher, cs.rewrite(teacher, example_inputs=torch.zeros(1, 1, 28, 28)), IMAGES)
 
 
@@ -823,6 +827,116 @@ def test_the_result_as_plain_data(teacher: nn.Module) -> None:
     assert 0 < data["seconds"] < 600
 
 
+class Stubborn(Tiny):
+    """Does in training what a network may do that was made for other losses, or for use only."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "raises" and self.training:
+            raise ValueError("targets should not be None")
+        answer = super().forward(x)
+        return answer.detach() if self.way == "detached" else answer
+
+
+@pytest.mark.parametrize(
+    ("way", "note"), [("raises", "ValueError: targets should not be None"), ("detached", "no gradient comes from")]
+)
+def test_a_student_that_cannot_be_trained_is_fitted_and_not_polished(way: str, note: str) -> None:
+    teacher = Stubborn(way)
+    student = cs.rewrite(teacher)
+    result = calibrate_and_report(teacher, student, IMAGES, **QUICK)
+    assert result.stages[-1].note.startswith(f"left out: the student cannot be trained: {note}")
+    fitted = cs.calibrate(teacher, student, IMAGES, polish=False)
+    assert all(torch.equal(a, b) for a, b in zip(fitted.parameters(), result.student.parameters(), strict=True))
+
+
+class Gate(nn.Module):
+    """Sends on the rows only that its own data choose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = conv(1, 4), conv(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        size = h.abs().mean(dim=(1, 2, 3))
+        chosen = size > size.median() * 1.02
+        means = h.mean((2, 3))
+        more: Tensor = self.second(h[chosen]).mean((2, 3))
+        return self.head(means.index_put((chosen,), more, accumulate=True))  # type: ignore[no-any-return]
+
+
+def test_rows_that_the_data_choose() -> None:
+    """Teacher and student choose different ones, and which belong together is not known."""
+    torch.manual_seed(0)
+    teacher = Gate()
+    student = cs.rewrite(teacher, mapping={"first": "shift", "second": "shift"}, example_inputs=IMAGES[:4])
+    result = calibrate_and_report(teacher, student, IMAGES, **QUICK)
+    notes = {site.fqn: site.note for site in result.sites}
+    assert notes["first"] == ""
+    assert notes["second"] in ("", "takes other rows than in the teacher; as it was")
+    assert result.stages[-1].name == "polish"
+
+
+def test_moments_of_different_numbers_of_rows(teacher: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fewer(*args: Any, **more: Any) -> Any:
+        return ([patches[:-1] for patches in calls] for calls in patches_of(*args, **more))
+
+    monkeypatch.setattr(_calibrate, "patches_of", fewer)
+    result = calibrate_and_report(teacher, cs.rewrite(teacher), IMAGES, polish=False)
+    assert {site.note for site in result.sites} == {"takes other rows than in the teacher; as it was"}
+    assert {site.after for site in result.sites} == {None}
+
+
+def test_a_student_that_was_converted_in_two_steps() -> None:
+    dense = nn.Sequential(conv(1, 4), nn.ReLU(), conv(4, 4), nn.ReLU(), conv(4, 4))
+    once = cs.rewrite(dense, mapping={"0": "shift"}, only="0")
+    twice = cs.rewrite(once, "depthwise", only="2")
+    result = calibrate_and_report(once, twice, IMAGES, polish=False)
+    notes = {site.fqn: site.note for site in result.sites}
+    assert notes == {"2": "", "0": "is a cheap convolution in the teacher already; as it was"}
+    assert {site.fqn for site in calibrate_and_report(dense, twice, IMAGES, polish=False).sites} == {"0", "2"}
+    with pytest.raises(CalibrationError, match="the teacher has every cheap convolution of the student already; give"):
+        cs.calibrate(twice, copy.deepcopy(twice), IMAGES)
+
+
+def test_numbers_that_are_none(teacher: nn.Module) -> None:
+    student = cs.rewrite(teacher)
+    with torch.no_grad():
+        next(student.parameters()).view(-1)[0] = torch.nan
+    with pytest.raises(CalibrationError, match=r"the student's conv1\.weight holds NaN or infinite numbers; make it"):
+        cs.calibrate(teacher, student, IMAGES)
+    gram = Gram(2, 1, torch.device("cpu"))
+    gram.add(torch.ones(3, 2), torch.ones(3, 1))
+    assert str(gram.squared_error(torch.full((1, 2), torch.nan))) == "nan"
+    stage = Stage("fit", None, float("inf"), 1.0, divergence=float("nan"))
+    result = CalibrationResult(student, (stage,), (), (8, 2), 1.0, None, 0, None)
+    written = json.loads(json.dumps(result.to_dict(), allow_nan=False))["stages"][0]
+    assert (written["error"], written["divergence"], written["seconds"]) == (None, None, 1.0)
+
+
+@pytest.mark.parametrize("polish", ["no", {"steps": 10}, None, 1])
+def test_a_polish_of_another_kind(teacher: nn.Module, polish: Any) -> None:
+    with pytest.raises(OptionError, match="polish must be True, False or a Polish, got "):
+        cs.calibrate(teacher, cs.rewrite(teacher), IMAGES, polish=polish)
+
+
+@pytest.mark.parametrize("wrong", [{"flip": "no"}, {"steps": True}, {"seconds": True}])
+def test_settings_of_another_kind(wrong: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"Polish: {next(iter(wrong))} must be "):
+        Polish(**wrong)
+
+
+def test_seeds_of_other_whole_numbers(teacher: nn.Module) -> None:
+    student = cs.rewrite(teacher)
+    fits = [cs.calibrate(teacher, student, IMAGES, polish=False, seed=seed) for seed in (3, np.int64(3))]
+    assert all(torch.equal(a, b) for a, b in zip(*(fit.parameters() for fit in fits), strict=True))
+    cs.calibrate(teacher, student, IMAGES, polish=False, seed=2**32 - 1)
+
+
 # --- what is refused
 
 
@@ -832,7 +946,7 @@ def test_what_cannot_be_calibrated_is_said_in_one_line(teacher: nn.Module) -> No
         (CalibrationError, "no cheap convolution", teacher, teacher, IMAGES),
         (CalibrationError, "no convolution 'conv2'", nn.Sequential(conv(1, 4)), student, IMAGES),
         (CalibrationError, "8x8x3x3 .* give the network", _wider(), student, IMAGES),
-        (CalibrationError, "cannot take images of 3x8x8", teacher, student, torch.zeros(20, 3, 8, 8)),
+        (CalibrationError, "cannot take 16 images of 3x8x8", teacher, student, torch.zeros(20, 3, 8, 8)),
         (DataError, "at least 10 images, got 3", teacher, student, IMAGES[:3]),
         (DataError, "NaN", teacher, student, IMAGES * float("nan")),
         (DataError, "float batch", teacher, student, (IMAGES * 0).to(torch.uint8)),

@@ -657,15 +657,48 @@ class TestConvert:
         digit_reader(program.folder)
         look = ("--calibrate", "digits", "--calibration-images", "20", "--no-polish")
         program("convert", "reader.pt", *TRUST, "-o", "out.pt", *look).done()
+        for name in ("out.pt", "out.plan.json"):
+            (program.folder / name).unlink()
+        refused = program("convert", "reader.pt", *TRUST, "-o", "out.pt", "--to", "shift")
+        assert refused.error == "out.calibration.json exists already; choose another name or say --force"
         outcome = program("convert", "reader.pt", *TRUST, "-o", "out.pt", "--to", "shift", "--force").done()
         assert "note: out.calibration.json was the report of another student, and is removed" in outcome.err
         assert "out.calibration.json" not in program.files()
+
+    def test_what_a_calibration_refuses_is_said_before_the_conversion(
+        self, program: Program, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def convert(*_args: object, **_more: object) -> None:
+            raise AssertionError("converted before it was looked at")
+
+        write_pictures(program.folder / "few", each=2)
+        monkeypatch.setattr("convsurgeon.surgery.rewrite", convert)
+        few = program("convert", "model.pt", *TRUST, "--calibrate", "few", "--size", "16")
+        assert few.error == "calibration needs at least 10 images, got 6; give more"
+        digit_reader(program.folder)
+        half = cs.load(program.folder / "reader.pt", trust=True).bfloat16()
+        torch.save(half, program.folder / "half.pt")
+        assert (
+            "in which the polish cannot train" in program("convert", "half.pt", *TRUST, "--calibrate", "digits").error
+        )
+
+    def test_a_folder_of_a_data_sets_name_is_told(self, program: Program) -> None:
+        digit_reader(program.folder)
+        write_pictures(program.folder / "digits", each=8)
+        look = ("--calibrate", "digits", "--no-polish", "--size", "8", "--color", "L", "-o", "out.pt")
+        outcome = program("convert", "reader.pt", *TRUST, *look)
+        assert "note: digits is the folder of that name here, not the data set; ./digits says so, too\n" in outcome.err
+
+    def test_a_refusal_of_all_says_why(self, program: Program) -> None:
+        error = program("convert", "model.pt", *TRUST, "--option", "expansion=2", "--option", "assignment=learned",
+                        "--to", "shift").error  # fmt: skip
+        assert "2 are shift refused (assignment=learned takes expansion=1, not 2), 1 is" in error
 
     def test_a_calibration_that_fails_writes_nothing(self, program: Program) -> None:
         write_pictures(program.folder / "few", each=2)
         before = program.files()
         outcome = program("convert", "model.pt", *TRUST, "--calibrate", "few", "--size", "16")
-        assert outcome.error == "calibration needs at least 10 images, got 6"
+        assert outcome.error == "calibration needs at least 10 images, got 6; give more"
         assert program.files() == before
 
     def test_existing_files_stay_without_force(self, program: Program) -> None:

@@ -245,9 +245,12 @@ def test_fashion_mnist_from_torchvisions_folder(tmp_path, packed):
 def test_fashion_mnist_from_the_debian_package(tmp_path, monkeypatch):
     write_fashion(tmp_path / "package", packed=True)
     monkeypatch.setattr(_named, "DEBIAN_FASHION_MNIST", tmp_path / "package")
-    splits = load_data("fashion-mnist", root=tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    splits = load_data("fashion-mnist")
     assert len(splits.test) == 10
     assert not (tmp_path / "data").exists()
+    with pytest.raises(DataError, match="fashion-mnist is not under elsewhere;"):
+        load_data("fashion-mnist", root="elsewhere")
     expected = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
     found = {fingerprint[1] for part in (splits.train, splits.val) for fingerprint in fingerprints(part)}
     assert found == {image.tobytes() for image in expected}

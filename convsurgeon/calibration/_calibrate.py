@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
@@ -95,16 +95,9 @@ def calibrate_and_report(
         raise OptionError(f"answers must be one of {', '.join(get_args(Answers))}, got {answers!r}")
     # torch.compile wraps a network, whose parts then have other names
     teacher, student = (getattr(network, "_orig_mod", network) for network in (teacher, student))
-    if not isinstance(seed, int) or not 0 <= seed < 2**31:
-        raise OptionError(f"seed must be a whole number from 0 to {2**31 - 1}, got {seed!r}")
     for network in (teacher, student):
-        expect_module(network)
-        if isinstance(network, torch.jit.ScriptModule):
-            raise CalibrationError(
-                f"a {type(network).__name__} of TorchScript cannot be calibrated; give the network itself"
-            )
-        if polish:
-            _refuse_low_precision(network)
+        refuse_calibration(network, polish=polish, seed=seed)
+    seed = int(seed)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         taken = gather(images, limit=limit, seed=seed)
         run = _Run(teacher, student, taken, answers=answers, seed=seed, started=started, judge=judge, report=report)
@@ -114,6 +107,26 @@ def calibrate_and_report(
         if polish:
             run.polish(polish if isinstance(polish, Polish) else Polish())
     return run.result()
+
+
+def refuse_calibration(network: nn.Module, *, polish: bool | Polish, seed: int) -> None:
+    """Raise for a network, teacher or student, that cannot be calibrated so, and for arguments of other kinds.
+
+    Raises:
+        CalibrationError: if it is TorchScript, or has parameters that the polish cannot train.
+        OptionError: if `polish` or `seed` is something else than what `calibrate` takes.
+    """
+    if not isinstance(polish, bool | Polish):
+        raise OptionError(f"polish must be True, False or a Polish, got {polish!r}")
+    if isinstance(seed, bool) or not isinstance(seed, SupportsIndex) or not 0 <= seed.__index__() < 2**32:
+        raise OptionError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
+    expect_module(network)
+    if isinstance(network, torch.jit.ScriptModule):
+        raise CalibrationError(
+            f"a {type(network).__name__} of TorchScript cannot be calibrated; give the network itself"
+        )
+    if polish:
+        _refuse_low_precision(network)
 
 
 def _refuse_low_precision(network: nn.Module) -> None:
@@ -149,10 +162,15 @@ class _Run:
         self.judged = 0.0
         self.polish_run: PolishRun | None = None
         self.alone: tuple[Closeness, Statistics] | None = None
-        self.sites, self.idle = sites_in_order(self.teacher, self.student, self.images.fitted[:2])
+        self.sites, self.idle = sites_in_order(self.teacher, self.student, next(self.images.batches()))
         self.wanted = answers_of(self.teacher, self.images.batches(held=True))
         refuse_answers(self.wanted, as_scores=answers == "scores")
         self.scores = look_like_scores(self.wanted) if answers == "auto" else answers == "scores"
+        for name, parameter in self.student.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise CalibrationError(
+                    f"the student's {name} holds NaN or infinite numbers; make it anew with rewrite()"
+                )
 
     def closed_form(self) -> None:
         """Look at the student as it came."""
@@ -219,7 +237,7 @@ class _Run:
             # what a run of distillation says of its steps and its folder is not about this one
             raise KeyboardInterrupt("stopped in the polish; nothing was kept") from None
         if run.student is None:
-            self._close("polish", before, "undone: it diverged")
+            self._close("polish", before, run.obstacle)
             return
         unpolished, self.student = self.student, run.student
         after = self._closeness()
@@ -264,20 +282,20 @@ class _Run:
     def _fit_site(self, site: CalibrationSite, targets: list[list[Tensor]], places: Places) -> None:
         donor_OF = site.kernel.flatten(1)
         fit: Fit | None = None
+        note = ""
         # a later call may read what an earlier one gives, so the first is fitted beforehand
         for calls in sorted({1, site.calls}):
             moments = self._moments(site, targets, places, calls)
-            if not all(part.rows for part in moments):
-                self.fits.append(
-                    SiteFit(site.fqn, None, None, None, "its outputs in the teacher were not seen; as it was")
-                )
-                return
+            if moments is None or not all(part.rows for part in moments):
+                note = "its outputs in the teacher were not seen" if moments else "takes other rows than in the teacher"
+                break
             found = fit_op(site.op, donor_OF, *moments)
             fit = found if fit is None else Fit(found.before, found.after, found.ridge)
-        assert fit is not None
-        note = (
-            "" if isinstance(moments[0], Gram) else f"fitted on a sample of {sum(m.rows for m in moments):,} positions"
-        )
+            if not isinstance(moments[0], Gram):
+                note = f"fitted on a sample of {sum(part.rows for part in moments):,} positions"
+        if fit is None:
+            self.fits.append(SiteFit(site.fqn, None, None, None, f"{note}; as it was"))
+            return
         self.fits.append(SiteFit(site.fqn, fit.before, fit.after, fit.ridge, note))
         self.report(
             Progress(
@@ -290,8 +308,11 @@ class _Run:
 
     def _moments(
         self, site: CalibrationSite, targets: list[list[Tensor]], places: Places, calls: int
-    ) -> tuple[AbstractMoments, AbstractMoments]:
-        """Return moments of the rows to fit, and of those of every fifth image."""
+    ) -> tuple[AbstractMoments, AbstractMoments] | None:
+        """Return moments of the rows to fit, and of those of every fifth image.
+
+        None where student and teacher convolve different numbers of rows: which ones belong together is not known.
+        """
         features = site.kernel[0].numel()
         gram = keeps_gram(features)
 
@@ -304,6 +325,8 @@ class _Run:
         seen = 0
         for images, inputs, outputs in zip(self.images.batches(), passes, targets, strict=True):
             for x_NF, y_NO in zip(inputs, outputs, strict=False):
+                if len(x_NF) != len(y_NO):
+                    return None
                 # all positions of an image go to one part; some networks see more or fewer than there are in a batch
                 image_N = torch.arange(len(x_NF), device=site.kernel.device) * len(images) // len(x_NF)
                 held_N = (seen + image_N) % _EVERY == 0

@@ -65,13 +65,18 @@ def gather(images: Any, *, limit: int, seed: int) -> CalibrationImages:
             f"limit, the number of calibration images, must be a whole number from {_FEWEST}, got {limit!r}"
         )
     found = _taken(images, limit, torch.Generator().manual_seed(seed))
-    if len(found) < _FEWEST:
-        raise DataError(f"calibration needs at least {_FEWEST} images, got {len(found)}")
+    refuse_few(len(found))
     if not bool(found.isfinite().all()):
         raise DataError("the calibration images hold NaN or infinite numbers; mend them")
     held = torch.zeros(len(found), dtype=torch.bool)
     held[::_HELD_OUT] = True
     return CalibrationImages(found[~held], found[held])
+
+
+def refuse_few(count: int) -> None:
+    """Raise a `DataError` for fewer images than a calibration needs."""
+    if count < _FEWEST:
+        raise DataError(f"calibration needs at least {_FEWEST} images, got {count}; give more")
 
 
 def _taken(images: Any, limit: int, generator: torch.Generator) -> Tensor:

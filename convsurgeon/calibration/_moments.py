@@ -86,8 +86,9 @@ class Gram(AbstractMoments):
         """Return the squared error over all rows."""
         weight = weight_OF.double()
         half = weight @ self.gram_FF - 2 * self.cross_OF
-        # a difference of large numbers where the fit is exact
-        return max(0.0, float((half * weight).sum()) + self.energy)
+        # a difference of large numbers where the fit is exact; what is no number stays none
+        error = float((half * weight).sum()) + self.energy
+        return 0.0 if error < 0 else error
 
     def product_cost(self, channels: int) -> int:
         """Return the multiply-adds of one product with the Gram matrix."""

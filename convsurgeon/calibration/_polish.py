@@ -13,16 +13,20 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from convsurgeon.calibration._images import CalibrationImages
 from convsurgeon.calibration._result import PolishRun
 from convsurgeon.distillation import Augmentation, Training, distill, methods
-from convsurgeon.errors import DivergenceError, OptionError
+from convsurgeon.errors import DivergenceError, OptionError, one_line
+from convsurgeon.evaluation import float_leaves
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.options import parse_options
 from convsurgeon.progress import Progress, Report, be_silent
+from convsurgeon.surgery import copy_module, in_mode
 
 _FEWEST_STEPS = 10
 # the first step is slower than those that follow; where steps are short, some more are looked at
 _SHORT, _MORE_STEPS = 2.0, 5
 # a student that is close already is thrown back by the rate that brings another one forward
 _RATES, _TRIAL_SHARE = (0.02, 0.005), 0.05
+
+_DIVERGED = "undone: it diverged"
 
 Run = Callable[[int, float, Report], tuple[nn.Module, float]]
 Rank = Callable[[nn.Module], float]
@@ -57,9 +61,11 @@ class Polish:
             value, kind = getattr(self, name), (int,) if name in ("steps", "batch_size") else (int, float)
             if value is None and name == "learning_rate":
                 continue
-            if not isinstance(value, kind) or not 0 < value < math.inf:
+            if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
                 what = "a number" if float in kind else "a whole number"
                 raise OptionError(f"Polish: {name} must be {what} above 0, got {value!r}")
+        if not isinstance(self.flip, bool):
+            raise OptionError(f"Polish: flip must be True or False, got {self.flip!r}")
         said = {"blocks": self.blocks, "cutmix": self.cutmix, "frozen_norms": self.frozen_norms}
         parse_options(methods.get("imitate").Options, said, owner="Polish")
 
@@ -86,12 +92,14 @@ def polish(
     """
     train = images.fitted.cpu()
     run = _Imitation(teacher, student, train, min(settings.batch_size, len(train)), scores, settings, seed)
+    if obstacle := _why_not_trained(student, train[:2]):
+        return PolishRun(None, 0, _RATES[0], run.batch_size, f"left out: the student cannot be trained: {obstacle}")
     frozen = _thaw_ops(student)
     try:
         step_seconds = _time_step(run)
     except DivergenceError:
         _put_back(frozen, student)
-        return PolishRun(None, 0, _RATES[0], run.batch_size)
+        return PolishRun(None, 0, _RATES[0], run.batch_size, _DIVERGED)
     affordable = min(settings.steps, max(_FEWEST_STEPS, int(settings.seconds / step_seconds)))
     report(
         Progress(
@@ -104,7 +112,7 @@ def polish(
     polished, rate = _run_without_diverging(run, affordable - tried, rate, report)
     for network in (student, polished or student):
         _put_back(frozen, network)
-    return PolishRun(polished, affordable - tried, rate, run.batch_size)
+    return PolishRun(polished, affordable - tried, rate, run.batch_size, "" if polished else _DIVERGED)
 
 
 @dataclass(frozen=True)
@@ -149,6 +157,21 @@ class _Imitation:
             report=report,
         )
         return result.student, float(result.metrics["seconds"])
+
+
+def _why_not_trained(student: nn.Module, images: Tensor) -> str | None:
+    """Return what a copy of the student says to a step of training on these images, or None if it takes one."""
+    trial = in_mode(copy_module(student), training=True)
+    first = next(iter(trial.parameters()), images)
+    try:
+        answers = float_leaves(trial(images.to(first.device, copy=True)))
+        gradients = [answer for answer in answers if answer.requires_grad]
+        if not gradients:
+            return "no gradient comes from its answers; take away what detaches them, as torch.no_grad() does"
+        torch.stack([answer.float().sum() for answer in gradients]).sum().backward()  # type: ignore[no-untyped-call]
+    except Exception as error:  # whatever somebody's forward raises in train mode
+        return one_line(error)
+    return None
 
 
 def _run_without_diverging(run: Run, steps: int, rate: float, report: Report) -> tuple[nn.Module | None, float]:

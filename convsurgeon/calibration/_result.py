@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,16 +15,18 @@ class PolishRun:
     """What the polish did.
 
     Args:
-        student: in eval mode; None if every run diverged.
+        student: in eval mode; None if every run diverged, or none could be done.
         steps: of the run that counts, without the trials of learning rates.
         learning_rate: its peak.
         batch_size: images a step.
+        obstacle: why there is no student; empty where there is one.
     """
 
     student: nn.Module | None
     steps: int
     learning_rate: float
     batch_size: int
+    obstacle: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,18 +88,23 @@ class CalibrationResult:
     polish: PolishRun | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the student as plain JSON data."""
+        """Return everything but the student as plain JSON data; None for what is no finite number."""
         polish = self.polish
         return {
             "seed": self.seed,
             "images": {"fitted": self.images[0], "held_out": self.images[1]},
-            "stages": [asdict(stage) for stage in self.stages],
+            "stages": [_plain(stage) for stage in self.stages],
             "polish": polish
             and {"steps": polish.steps, "learning_rate": polish.learning_rate, "batch_size": polish.batch_size},
-            "sites": [asdict(site) for site in self.sites],
+            "sites": [_plain(site) for site in self.sites],
             "seconds": round(self.seconds, 1),
             "peak_memory": self.peak_memory,
         }
+
+
+def _plain(found: Stage | SiteFit) -> dict[str, Any]:
+    entries = asdict(found).items()
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entries}
 
 
 def peak_memory() -> int | None:

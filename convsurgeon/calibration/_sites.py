@@ -59,9 +59,15 @@ def sites_in_order(
     finally:
         for handle in handles:
             handle.remove()
-    found = [_site(teacher, ops[op], op, count) for op, count in calls.items() if op not in unbatched]
+    there = {op for op, fqn in ops.items() if isinstance(_partner(teacher, fqn), AbstractCheapConv)}
+    if len(there) == len(ops):
+        raise CalibrationError(
+            "the teacher has every cheap convolution of the student already; give the network that it was made from"
+        )
+    found = [_site(teacher, ops[op], op, count) for op, count in calls.items() if op not in unbatched | there]
     _run(teacher, sample, "teacher")
-    idle = {fqn: "is not called on these images; as it was" for op, fqn in ops.items() if op not in calls}
+    idle = {ops[op]: "is a cheap convolution in the teacher already; as it was" for op in there}
+    idle |= {fqn: "is not called on these images; as it was" for op, fqn in ops.items() if op not in calls}
     return found, idle | {ops[op]: "takes one image without a batch; as it was" for op in unbatched}
 
 
@@ -72,18 +78,13 @@ def _run(network: nn.Module, sample: Tensor, who: str) -> None:
     except Exception as error:  # whatever somebody's forward raises
         shape = "x".join(map(str, sample.shape[1:]))
         raise CalibrationError(
-            f"the {who} cannot take images of {shape}: {one_line(error)}; give them as it takes them (on the command "
-            "line: --size, --color)"
+            f"the {who} cannot take {len(sample)} images of {shape}: {one_line(error)}; give them as it takes them "
+            "(on the command line: --size, --color)"
         ) from error
 
 
 def _site(teacher: nn.Module, fqn: str, op: AbstractCheapConv, calls: int) -> CalibrationSite:
-    parent_name, _, name = fqn.rpartition(".")
-    kernel = dense_kernel(teacher, fqn)
-    try:
-        partner = getattr(teacher.get_submodule(parent_name), name) if fqn else teacher
-    except AttributeError:
-        partner = None
+    kernel, partner = dense_kernel(teacher, fqn), _partner(teacher, fqn)
     if kernel is None or not isinstance(partner, nn.Module | Tensor):
         raise CalibrationError(
             f"the teacher has no convolution {fqn!r}; give the network that the student was made from"
@@ -95,6 +96,14 @@ def _site(teacher: nn.Module, fqn: str, op: AbstractCheapConv, calls: int) -> Ca
             "give the network that the student was made from"
         )
     return CalibrationSite(fqn, op, partner, kernel.detach(), calls)
+
+
+def _partner(teacher: nn.Module, fqn: str) -> object:
+    parent_name, _, name = fqn.rpartition(".")
+    try:
+        return getattr(teacher.get_submodule(parent_name), name) if fqn else teacher
+    except AttributeError:
+        return None
 
 
 def _by(shape: tuple[int, ...]) -> str:

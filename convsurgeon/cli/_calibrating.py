@@ -65,7 +65,7 @@ class CalibrationRequest:
     def load(self, model: nn.Module) -> tuple[Any, bool]:
         """Return the images, as the model takes them, and whether they may be mirrored."""
         from convsurgeon.cli._models import refuse_idle_flags
-        from convsurgeon.data import ImageSet, default_preprocessing, is_folder, load_images
+        from convsurgeon.data import ImageSet, default_preprocessing, is_folder, load_images, names
         from convsurgeon.preprocessing import IMAGENET, parse_preprocessing, preprocessing_of
 
         if not self.data:
@@ -73,6 +73,8 @@ class CalibrationRequest:
         folder = is_folder(self.data)
         by_path = folder or self.data.startswith("imagefolder:")
         looks = (self.size, self.mean, self.std, self.color)
+        if folder and self.data in names():
+            say(f"note: {self.data} is the folder of that name here, not the data set; ./{self.data} says so, too")
         refuse_idle_flags(self.data, root=self.data_root, looks=looks, folder=by_path)
         try:
             named = None if folder else default_preprocessing(self.data)
@@ -86,6 +88,15 @@ class CalibrationRequest:
         if isinstance(images, ImageSet):
             say(f"preprocessing: {images.preprocessing}")
         return images, flip
+
+    def refuse(self, model: nn.Module, loaded: tuple[Any, bool]) -> None:
+        """Raise for what calibration would refuse, before the work that comes first."""
+        from convsurgeon.calibration import refuse_calibration, refuse_few
+        from convsurgeon.data import ImageSet
+
+        refuse_calibration(model, polish=self.polish is not False, seed=self.seed)
+        if isinstance(loaded[0], ImageSet):
+            refuse_few(len(loaded[0]))
 
     def run(self, teacher: nn.Module, student: nn.Module, loaded: tuple[Any, bool]) -> CalibrationResult:
         """Calibrate, drawing the progress."""

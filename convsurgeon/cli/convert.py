@@ -93,6 +93,8 @@ def run(
     check_ops(to, pointwise)
     network = load_model(model, weights=weights, model_arg=model_arg, trust=trust, trust_module=trust_module)
     images = calibration.load(network) if calibrate is not None else None
+    if images is not None:
+        calibration.refuse(network, images)
     example = example_for(network, input_shape)
     if example is None and images is not None:
         example = example_for(network, shape_of(images))
@@ -166,13 +168,15 @@ class _Files:
         """Raise an `OutputError` where something would be lost."""
         from convsurgeon.files import refuse_to_overwrite
 
+        # a report of another student must not stay beside this one
+        there = calibrated or os.path.exists(self.calibration)
         for what, source in sources.items():
             both_there = source is not None and os.path.exists(source) and os.path.exists(self.student)
             if both_there and self.student.samefile(source):
                 raise OutputError(
                     f"{self.student} is the {what} itself; choose another name with -o, so that none is lost"
                 )
-        for path in (self.student, self.plan, *([self.calibration] if calibrated else [])):
+        for path in (self.student, self.plan, *([self.calibration] if there else [])):
             refuse_to_overwrite(path, force=force)
 
     def write(

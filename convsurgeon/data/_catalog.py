@@ -7,12 +7,11 @@ from pathlib import Path
 from convsurgeon.data._factory import load_from_factory
 from convsurgeon.data._folder import load_folder
 from convsurgeon.data._images import MEMORY, ImageSet, TensorPictures, bytes_each
-from convsurgeon.data._named import NAMED
+from convsurgeon.data._named import DEFAULT_ROOT, NAMED
 from convsurgeon.data._splits import DataSplits, check_fraction, hold_out_validation
 from convsurgeon.errors import DataError, UnknownNameError
 from convsurgeon.preprocessing import IMAGENET, Preprocessing
 
-DEFAULT_ROOT = Path("data")
 _FOLDER = "imagefolder"
 _OTHER_FORMS = (f"{_FOLDER}:DIR", "package.module:factory")
 

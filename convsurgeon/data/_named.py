@@ -18,6 +18,7 @@ from convsurgeon.data._splits import TEST_SEED, hold_out
 from convsurgeon.errors import DataError, one_line
 from convsurgeon.preprocessing import Preprocessing
 
+DEFAULT_ROOT = Path("data")
 # where Debian's package dataset-fashion-mnist puts the four files, gzipped
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_MNIST_FILES = tuple(
@@ -62,13 +63,13 @@ def _read_digits(root: Path) -> Raw:
 
 
 def _read_fashion_mnist(root: Path) -> Raw:
-    """Read torchvision's folder, or the Debian package's, which is unpacked for the moment only."""
+    """Read torchvision's folder or, where no other was named, the Debian package's, unpacked for the moment only."""
     from torchvision.datasets import FashionMNIST
 
     raw = root / "FashionMNIST" / "raw"
     if all((raw / name).is_file() for name in _FASHION_MNIST_FILES):
         return _from_torchvision("fashion-mnist", FashionMNIST, root)
-    for packed in (raw, DEBIAN_FASHION_MNIST):
+    for packed in (raw, *([DEBIAN_FASHION_MNIST] if root == DEFAULT_ROOT else [])):
         if all((packed / f"{name}.gz").is_file() for name in _FASHION_MNIST_FILES):
             with tempfile.TemporaryDirectory() as folder:
                 _unpack(packed, Path(folder) / "FashionMNIST" / "raw")

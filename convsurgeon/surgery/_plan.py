@@ -305,6 +305,8 @@ def _nothing(result: Plan, selectors: Selectors) -> str:
     if not result.decisions:
         return f"{result.model} has no convolution; there is nothing to convert"
     counts = Counter(decision.label for decision in result.decisions)
+    whole = Counter(_label(decision) for decision in result.decisions)
+    counts = whole if len(whole) - len(counts) <= 1 else counts
     reasons = ", ".join(f"{count} {'is' if count == 1 else 'are'} {label}" for label, count in counts.most_common())
     mapped = any(decision.label in _OVERRIDABLE for decision in result.decisions)
     wanted = list(selectors.options)
@@ -314,6 +316,12 @@ def _nothing(result: Plan, selectors: Selectors) -> str:
         f"{' or '.join(map(repr, wanted))}: "
         f"{reasons}; `convsurgeon inspect` shows each{hint}"
     )
+
+
+def _label(decision: Decision) -> str:
+    """Return the label, with the op's own sentence where that refused."""
+    refused = decision.label.endswith(" refused")
+    return f"{decision.label} ({decision.reason.split(': ', 1)[-1]})" if refused else decision.label
 
 
 def _decision(item: Any) -> Decision:

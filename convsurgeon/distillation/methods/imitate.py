@@ -105,9 +105,10 @@ class Imitate(AbstractMethod):
         # what a network answers beside them in training only, such as auxiliary heads, has nothing to match
         loss = sum((self._answer_loss(s, t) for s, t in zip(student, teacher, strict=False)), torch.zeros(()))
         if self.blocks:
-            # a block that training leaves out now and then has nothing to match
+            # a block that training leaves out now and then has nothing to match, nor one that takes other rows
             ran = [name for name in self.blocks if len(had[name]) == len(wanted[name])]
             pairs = [pair for name in ran for pair in zip(had[name], wanted[name], strict=True)]
+            pairs = [(s, t) for s, t in pairs if s.shape == t.shape]
             weight = self.options.blocks * (1 - self.progress) / max(1, len(pairs))
             loss = loss + weight * sum(relative_error(s, t) for s, t in pairs)
         scores = (student[0], teacher[0]) if self.answers_are_scores else (None, None)
