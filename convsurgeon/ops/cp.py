@@ -43,7 +43,7 @@ class CpConv2d(AbstractCheapConv):
         dense kernel. A tenth of the full rank, the product of the two smallest of I, O and K, is the default: 4.5
         to 5 times fewer where a 3x3 keeps 64 channels or more, 3.5 times with 16. The first 1x1 runs at input size: at
         stride 2 it costs four times as much. Shares of the full rank or of the energy are rounded up to a multiple of
-        4 channels; for one of the energy the decomposition is done about ten times, half a minute for 256 channels.
+        4 channels; for one of the energy the decomposition is done about ten times, half a minute or more for 256 channels.
 
     Reference:
         Lebedev et al., 2014, arXiv:1412.6553; with the kernel's positions together: Astrid and Lee, 2017,
@@ -114,7 +114,8 @@ class CpConv2d(AbstractCheapConv):
         """Fit the three parts to a dense kernel.
 
         Each part is solved for the others in turns, then all descend together, towards a local optimum of the distance
-        (Frobenius norm), which the search comes near to only. A kernel that is of this rank is found again where the
+        (Frobenius norm). The search is cut short: going on with it may gain some percent of what is lost, and most of
+        it where little is. A kernel that is of this rank is found again where the
         rank is at most the number of input and of output channels and the terms are well apart.
         """
         out_OR, in_IR, position_KR = polyadic(weight.flatten(2), self.reduce.out_channels)
