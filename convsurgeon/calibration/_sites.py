@@ -66,7 +66,7 @@ def sites_in_order(
         )
     found = [_site(teacher, ops[op], op, count) for op, count in calls.items() if op not in unbatched | there]
     _run(teacher, sample, "teacher")
-    idle = {ops[op]: "is a cheap convolution in the teacher already; as it was" for op in there}
+    idle = {fqn: "is a cheap convolution in the teacher already; as it was" for op, fqn in ops.items() if op in there}
     idle |= {fqn: "is not called on these images; as it was" for op, fqn in ops.items() if op not in calls}
     return found, idle | {ops[op]: "takes one image without a batch; as it was" for op in unbatched}
 

@@ -55,10 +55,10 @@ def polyadic(kernel_OIK: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     are found by eigenvectors (Leurgans, Ross and Abel, 1993), up to what rounding has left of them. Else one factor is
     solved for the two others as they are, in turns, each time by least squares, so that the error never rises
     (alternating least squares; Harshman, 1970), and then all descend together by L-BFGS (Liu and Nocedal, 1989), which
-    is faster where such turns creep. This is cut short on the way to a local optimum; no method is known that always finds the global
-    one, and for some kernels there is none (De Silva and Lim, 2008, arXiv:math/0607647). The start is made of singular
-    vectors, and of numbers drawn with a fixed seed. With as many terms as the product of the two smallest sides, every
-    kernel is met exactly.
+    is faster where such turns creep. This is cut short on the way to a local optimum; no method is known that always
+    finds the global one, and for some kernels there is none (De Silva and Lim, 2008, arXiv:math/0607647). The start is
+    made of singular vectors, and of numbers drawn with a fixed seed. With as many terms as the product of the two
+    smallest sides, every kernel is met exactly.
 
     A term's size is split evenly over its three vectors. Arithmetic is float64, block by block, on one processor
     thread.

@@ -43,7 +43,8 @@ class CpConv2d(AbstractCheapConv):
         dense kernel. A tenth of the full rank, the product of the two smallest of I, O and K, is the default: 4.5
         to 5 times fewer where a 3x3 keeps 64 channels or more, 3.5 times with 16. The first 1x1 runs at input size: at
         stride 2 it costs four times as much. Shares of the full rank or of the energy are rounded up to a multiple of
-        4 channels; for one of the energy the decomposition is done about ten times, half a minute or more for 256 channels.
+        4 channels; for one of the energy the decomposition is done about ten times, half a minute or more for 256
+        channels.
 
     Reference:
         Lebedev et al., 2014, arXiv:1412.6553; with the kernel's positions together: Astrid and Lee, 2017,
