@@ -853,6 +853,15 @@ def test_a_student_that_cannot_be_trained_is_fitted_and_not_polished(way: str, n
     assert all(torch.equal(a, b) for a, b in zip(fitted.parameters(), result.student.parameters(), strict=True))
 
 
+def test_a_frozen_student_is_polished(teacher: nn.Module) -> None:
+    """Its ops learn whatever their flags say, and the flags stay."""
+    student = cs.rewrite(teacher).requires_grad_(False)
+    result = calibrate_and_report(teacher, student, IMAGES, **QUICK)
+    assert result.polish is not None
+    assert (result.polish.steps, result.polish.obstacle) == (12, "")
+    assert not any(parameter.requires_grad for parameter in result.student.parameters())
+
+
 class Gate(nn.Module):
     """Sends on the rows only that its own data choose."""
 

@@ -162,6 +162,7 @@ class _Imitation:
 def _why_not_trained(student: nn.Module, images: Tensor) -> str | None:
     """Return what a copy of the student says to a step of training on these images, or None if it takes one."""
     trial = in_mode(copy_module(student), training=True)
+    _thaw_ops(trial)
     first = next(iter(trial.parameters()), images)
     try:
         answers = float_leaves(trial(images.to(first.device, copy=True)))

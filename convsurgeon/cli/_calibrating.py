@@ -71,11 +71,10 @@ class CalibrationRequest:
         if not self.data:
             raise OptionError("--calibrate needs a folder of images or the name of a data set, got an empty string")
         folder = is_folder(self.data)
-        by_path = folder or self.data.startswith("imagefolder:")
         looks = (self.size, self.mean, self.std, self.color)
         if folder and self.data in names():
             say(f"note: {self.data} is the folder of that name here, not the data set; ./{self.data} says so, too")
-        refuse_idle_flags(self.data, root=self.data_root, looks=looks, folder=by_path)
+        refuse_idle_flags(self.data, root=self.data_root, looks=looks, is_path=folder)
         try:
             named = None if folder else default_preprocessing(self.data)
         except UnknownNameError as error:

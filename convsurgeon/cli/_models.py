@@ -142,13 +142,14 @@ def need_example(model: nn.Module, input_shape: str | None) -> Tensor:
     return example
 
 
-def refuse_idle_flags(name: str, *, root: Path | None, looks: Iterable[str | None], folder: bool) -> None:
+def refuse_idle_flags(name: str, *, root: Path | None, looks: Iterable[str | None], is_path: bool = False) -> None:
     """Raise an `OptionError` for flags that change nothing about the data that are named beside them.
 
     Args:
         looks: what `--size`, `--mean`, `--std` and `--color` say.
-        folder: whether the data are named by the path of their folder.
+        is_path: whether the name is the bare path of a folder.
     """
+    folder = is_path or name.startswith("imagefolder:")
     if folder and root:
         raise OptionError(f"{name} is a folder of its own; leave out --data-root: downloaded data sets lie there")
     if ":" in name and not folder and any((root, *looks)):
@@ -181,7 +182,7 @@ def load_splits(
         raise DataError(
             f"which data? Say --data with one of {', '.join(names())}, imagefolder:DIR or package.module:factory"
         )
-    refuse_idle_flags(name, root=root, looks=(size, mean, std, color), folder=name.startswith("imagefolder:"))
+    refuse_idle_flags(name, root=root, looks=(size, mean, std, color))
     start = base or default_preprocessing(name) or IMAGENET
     wanted = parse_preprocessing(start, size=size, mean=mean, std=std, color=color)
     splits = load_data(name, root=root, preprocessing=wanted, val_fraction=val_fraction, seed=seed)

@@ -76,7 +76,6 @@ def run(
     from convsurgeon.cli._models import check_ops, example_for, load_model, read_plan, selectors, set_threads
     from convsurgeon.storage import default_output, refuse_to_save
     from convsurgeon.surgery import plan as make_plan
-    from convsurgeon.surgery import rewrite
 
     if plan is not None and any((to, keep, only, mapping, pointwise, option)):
         raise OptionError(
@@ -105,16 +104,7 @@ def run(
     if not dry_run:
         sources = {"model": model, "file of weights": weights, "plan that was given": plan}
         files.check(sources, calibrated=images is not None, force=force)
-    checked: list[str] = []
-    with Drawing() as drawing:
-
-        def follow(event: Progress) -> None:
-            if event.stage == "rewrite":
-                checked.append(event.message)
-            else:
-                drawing(event)
-
-        student = rewrite(network, the_plan, example_inputs=example, report=follow)
+    student, checked = _rewrite(network, the_plan, example)
     the_plan = _as_carried_out(the_plan, student)
     if example is None:
         say("note: no input shape is known, so there are no sizes and no MACs; say --input-shape 1,3,224,224 for them")
@@ -138,6 +128,22 @@ def run(
         draw(calibrated)
     for what, path in written.items():
         tell(f"{what.replace('_', ' ')}: {path}")
+
+
+def _rewrite(network: Any, the_plan: Plan, example: Any) -> tuple[Any, list[str]]:
+    """Return the student, drawing the progress, and what was compared."""
+    from convsurgeon.surgery import rewrite
+
+    checked: list[str] = []
+    with Drawing() as drawing:
+
+        def follow(event: Progress) -> None:
+            if event.stage == "rewrite":
+                checked.append(event.message)
+            else:
+                drawing(event)
+
+        return rewrite(network, the_plan, example_inputs=example, report=follow), checked
 
 
 def _as_carried_out(the_plan: Plan, student: Any) -> Plan:
