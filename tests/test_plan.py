@@ -276,6 +276,17 @@ def test_nothing_converted_counts_the_reasons() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("channels", "why"),
+    [((11, 11), " (no number of groups from 2 to 8 divides 11 input channels)"), ((11, 13), "")],
+)
+def test_nothing_converted_says_why_where_there_is_one_reason(channels: tuple[int, int], why: str) -> None:
+    model = nn.Sequential(*(conv(width, 16) for width in channels))
+    with pytest.raises(cs.errors.NothingToConvertError) as caught:
+        plan(model, "group")
+    assert f": 2 are group refused{why}; `convsurgeon inspect` shows each" in str(caught.value)
+
+
 def test_nothing_to_convert_at_all() -> None:
     with pytest.raises(cs.errors.NothingToConvertError, match="Linear has no convolution;"):
         plan(nn.Linear(2, 2), keep="whatever")

@@ -24,7 +24,7 @@ from convsurgeon.surgery._survey import Survey, survey
 _FORMAT, _VERSION = "convsurgeon-plan", 1
 # an input so large that borders do not matter: costs are compared by geometry and stride alone
 _NOMINAL_SIZE = 1024
-_CONVERTED = "converted"
+_CONVERTED, _REFUSED = "converted", " refused"
 # the labels of what is kept by default only, and by no limit of the op's
 _OVERRIDABLE = ("stem", "no gain")
 
@@ -233,7 +233,7 @@ def _decide(site: Site, selectors: Selectors, model: nn.Module | Survey) -> Deci
     except UnsupportedConvError as error:
         raise UnsupportedConvError(f"{site.fqn}: {error}") from error
     if reason := op.why_not(site.spec, options):
-        return _keep(site, f"{name} refused", f"{name}: {reason}")
+        return _keep(site, f"{name}{_REFUSED}", f"{name}: {reason}")
     ratio = mac_ratio(site.spec, op, options)
     if ratio < 1 and mapped is None:
         return _keep(site, "no gain", f"{name} would cost {1 / ratio:.2f}x the MACs of the dense convolution")
@@ -305,9 +305,10 @@ def _nothing(result: Plan, selectors: Selectors) -> str:
     if not result.decisions:
         return f"{result.model} has no convolution; there is nothing to convert"
     counts = Counter(decision.label for decision in result.decisions)
-    whole = Counter(_label(decision) for decision in result.decisions)
-    counts = whole if len(whole) - len(counts) <= 1 else counts
-    reasons = ", ".join(f"{count} {'is' if count == 1 else 'are'} {label}" for label, count in counts.most_common())
+    reasons = ", ".join(
+        f"{count} {'is' if count == 1 else 'are'} {label}{_one_refusal(result, label)}"
+        for label, count in counts.most_common()
+    )
     mapped = any(decision.label in _OVERRIDABLE for decision in result.decisions)
     wanted = list(selectors.options)
     hint = f"; --map 'PATTERN={wanted[0]}' converts what is kept by default only" if mapped else ""
@@ -318,10 +319,10 @@ def _nothing(result: Plan, selectors: Selectors) -> str:
     )
 
 
-def _label(decision: Decision) -> str:
-    """Return the label, with the op's own sentence where that refused."""
-    refused = decision.label.endswith(" refused")
-    return f"{decision.label} ({decision.reason.split(': ', 1)[-1]})" if refused else decision.label
+def _one_refusal(result: Plan, label: str) -> str:
+    """Return the op's own sentence in brackets, where it is the same for all that it refused."""
+    reasons = {decision.reason.split(": ", 1)[-1] for decision in result.decisions if decision.label == label}
+    return f" ({reasons.pop()})" if label.endswith(_REFUSED) and len(reasons) == 1 else ""
 
 
 def _decision(item: Any) -> Decision:
