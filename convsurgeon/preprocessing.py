@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,10 @@ from convsurgeon.record import read_record
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "nearest-exact")
+"""What torchvision resizes tensors with."""
 
 _CHANNELS = {"gray": 1, "rgb": 3}
 _EXIF_ORIENTATION = 0x0112
@@ -30,7 +34,8 @@ class Preprocessing:
         std: per channel, in the same units.
         color: `"rgb"` or `"gray"`.
         crop: the share of the resized image that the centre crop keeps, per side
-            (torchvision's resize to 256 and crop to 224 is 0.875).
+            (torchvision's resize to 256 and crop to 224 is 0.875); 1 crops no more than the shape demands.
+        interpolation: of the resize, antialiased: one of `INTERPOLATIONS`.
 
     Raises:
         OptionError: if the values contradict each other.
@@ -45,6 +50,7 @@ class Preprocessing:
     std: tuple[float, ...]
     color: str = "rgb"
     crop: float = 1.0
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         if self.color not in _CHANNELS:
@@ -55,6 +61,9 @@ class Preprocessing:
             raise OptionError(f"preprocessing: size must be at least 1x1, not {self.size[0]}x{self.size[1]}")
         if not 0 < self.crop <= 1:
             raise OptionError(f"preprocessing: crop is a share in (0, 1], not {self.crop}")
+        if self.interpolation not in INTERPOLATIONS:
+            known = ", ".join(INTERPOLATIONS)
+            raise OptionError(f"preprocessing: interpolation is one of {known}, not {self.interpolation!r}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels:
                 raise OptionError(
@@ -91,7 +100,7 @@ class Preprocessing:
         """Return a picture's pixels in the color and size that the network takes.
 
         A PIL image or a uint8 tensor `(H, W)`, `(C, H, W)` or `(B, C, H, W)` becomes uint8 `(C, H, W)`, or
-        `(B, C, H, W)` for a batch. The picture is scaled (bilinear, antialiased) until it just covers
+        `(B, C, H, W)` for a batch. The picture is scaled until it just covers
         `size / crop`, then cropped to `size` at its centre; one that has that size already is only recolored.
 
         Raises:
@@ -103,7 +112,8 @@ class Preprocessing:
         height, width = pixels.shape[-2:]
         if (height, width) == self.size:
             return pixels
-        scaled = transforms.resize(pixels, self._cover(height, width), antialias=True)
+        how = transforms.InterpolationMode(self.interpolation)
+        scaled = transforms.resize(pixels, self._cover(height, width), interpolation=how, antialias=True)
         cropped: Tensor = transforms.center_crop(scaled, list(self.size))
         return cropped.contiguous()
 
@@ -139,10 +149,9 @@ class Preprocessing:
         parts += [f"mean {_listed(self.mean)}", f"std {_listed(self.std)}"]
         if self.crop != 1:
             parts.append(f"crop {self.crop:.4g}")
+        if self.interpolation != "bilinear":
+            parts.append(self.interpolation)
         return ", ".join(parts)
-
-
-IMAGENET = Preprocessing((224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crop=0.875)
 
 
 def parse_preprocessing(
@@ -152,11 +161,14 @@ def parse_preprocessing(
     mean: str | None = None,
     std: str | None = None,
     color: str | None = None,
+    crop: str | None = None,
+    interpolation: str | None = None,
 ) -> Preprocessing:
     """Change what the command line names.
 
-    `size` is `32` or `32,48` (height, width), `mean` and `std` are one number or one for each channel. Where
-    the color changes and they are not given, the old ones are averaged (to gray) or repeated (to rgb).
+    `size` is `32` or `32,48` (height, width), `mean` and `std` are one number or one for each channel, `crop` is a
+    share such as `0.875`, or `none`. Where the color changes and mean or std are not given, the old ones are averaged
+    (to gray) or repeated (to rgb).
 
     Raises:
         OptionError: naming the option that cannot be read.
@@ -176,7 +188,66 @@ def parse_preprocessing(
         mean=_stretched(base.mean if mean is None else _numbers("mean", mean, channels), channels),
         std=_stretched(base.std if std is None else _numbers("std", std, channels), channels),
         color=color,
+        crop=base.crop if crop is None else _crop(crop),
+        interpolation=base.interpolation if interpolation is None else _interpolation(interpolation),
     )
+
+
+def choose_preprocessing(
+    stored: Preprocessing | None,
+    natural: Preprocessing | None,
+    flags: Mapping[str, str | None],
+    *,
+    who: str,
+    data: str,
+    input_shape: Sequence[int] | None = None,
+) -> tuple[Preprocessing, str | None]:
+    """Return what pictures go through before a network sees them, and a remark on what of it nobody has said.
+
+    What the network's source or its file says comes first, then what is natural to a data set that has a name. Where
+    there is neither, the size must be known, and ImageNet's mean and standard deviation are assumed, without a crop.
+    The flags change each of these.
+
+    Args:
+        stored: of the network.
+        natural: of the data set.
+        flags: what `parse_preprocessing` takes.
+        who: the network, in messages.
+        data: the data set, in messages.
+        input_shape: a batch shape that the network takes, where it is known.
+
+    Raises:
+        OptionError: if the size is not known, or a flag cannot be read.
+    """
+    said = {name: value for name, value in flags.items() if value is not None}
+    if stored is not None:
+        return parse_preprocessing(stored, **said), None
+    if natural is not None:
+        wanted = parse_preprocessing(natural, **said)
+        assumed = [name for name in ("size", "mean", "std", "color") if name not in said]
+        return wanted, _assumption(who, assumed, f"taken from {data}")
+    channels, *size = input_shape[1:] if input_shape is not None and len(input_shape) == 4 else (3,)
+    if "size" not in said and not size:
+        raise OptionError(
+            f"the size of the images that {who} takes is not known, and pictures in {data} may have any; "
+            "say it: --size H or --size H,W"
+        )
+    height, width = size or (1, 1)  # the flag replaces it
+    base = Preprocessing((height, width), IMAGENET_MEAN, IMAGENET_STD)
+    if channels == 1:
+        said = {"color": "gray", **said}
+    wanted = parse_preprocessing(base, **said)
+    return wanted, _assumption(who, [name for name in ("mean", "std") if name not in said], "assumed to be ImageNet's")
+
+
+def _assumption(who: str, assumed: Sequence[str], what: str) -> str | None:
+    if not assumed:
+        return None
+    *others, last = assumed
+    names = f"{', '.join(others)} and {last}" if others else last
+    flags = ", ".join(f"--{name}" for name in assumed)
+    verb, change = ("are", "change") if others else ("is", "changes")
+    return f"{who} has no stored preprocessing; {names} {verb} {what}: {flags} {change} {'them' if others else 'it'}"
 
 
 def preprocessing_of(model: nn.Module) -> Preprocessing | None:
@@ -221,6 +292,22 @@ def _size(text: str) -> tuple[int, int]:
     if len(sides) not in (1, 2) or min(sides) < 1:
         raise OptionError(f"--size takes pixels such as 32, or height,width such as 32,48; got {text!r}")
     return sides[0], sides[-1]
+
+
+def _crop(text: str) -> float:
+    try:
+        share = 1.0 if text.lower() == "none" else float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise OptionError(f"--crop takes a share above 0 and up to 1 such as 0.875, or none; got {text!r}")
+    return share
+
+
+def _interpolation(text: str) -> str:
+    if text not in INTERPOLATIONS:
+        raise OptionError(f"--interpolation is one of {', '.join(INTERPOLATIONS)}, not {text!r}")
+    return text
 
 
 def _numbers(option: str, text: str, channels: int) -> tuple[float, ...]:

@@ -214,8 +214,7 @@ def refusals() -> dict[str, tuple[str, str]]:
         ),
         "size of calibration images that come as they are": (
             f"convert {named} --calibrate mydata:make --size 8",
-            "mydata:make gives its images as they are to be taken; "
-            "leave out --data-root, --size, --mean, --std and --color",
+            "mydata:make gives its images as they are to be taken; leave out --size",
         ),
         "a polish of no time": (
             f"convert {named} --calibrate digits --polish-minutes 0",
@@ -271,8 +270,7 @@ def refusals() -> dict[str, tuple[str, str]]:
         ),
         "size of data that come as they are": (
             f"evaluate {named} --data mydata:make --size 8",
-            "mydata:make gives its images as they are to be taken; "
-            "leave out --data-root, --size, --mean, --std and --color",
+            "mydata:make gives its images as they are to be taken; leave out --size",
         ),
         "a script that ends": (
             "convert script:Net",
@@ -321,7 +319,7 @@ def refusals() -> dict[str, tuple[str, str]]:
         ),
         "size of no data": (
             f"export {named} --size 16",
-            "--data-root, --size, --mean, --std and --color are about --data; say which data",
+            "--size is about --data; say which data",
         ),
         "unknown teacher": (
             f"export {named} {' '.join(SHAPE)} --teacher mynet:Not",
@@ -849,6 +847,7 @@ class TestEvaluate:
             "model": "student.pt",
             "data": "digits",
             "split": "test",
+            "preprocessing": GRAY.to_dict(),
             "images": 360,
             "accuracy": pytest.approx(accuracy),
             "agreement": pytest.approx(agreement),

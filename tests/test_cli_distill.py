@@ -88,7 +88,8 @@ class TestFinishedRun:
             assert command[key] == config[key] == value
 
     def test_lines_on_stderr(self, done: tuple[Program, Outcome]) -> None:
-        preprocessing, epoch = done[1].err.splitlines()
+        note, preprocessing, epoch = done[1].err.splitlines()
+        assert "mynet:Net has no stored preprocessing; size, mean, std and color are taken from digits" in note
         assert preprocessing == "preprocessing: 8x8, gray, mean 0.305, std 0.376"
         percent = r"\d+\.\d\d%"
         assert re.fullmatch(

@@ -26,7 +26,7 @@ from convsurgeon.data import (
     names,
 )
 from convsurgeon.errors import DataError, OptionError, UnknownNameError
-from convsurgeon.preprocessing import IMAGENET, Preprocessing
+from convsurgeon.preprocessing import Preprocessing
 
 GRAY = Preprocessing((4, 4), (0.5,), (0.25,), color="gray")
 RGB = Preprocessing((4, 4), (0.5,) * 3, (0.25,) * 3)
@@ -396,11 +396,13 @@ def test_train_may_be_a_class(tmp_path):
     assert load_pictures(tmp_path).classes == ("bus", "train")
 
 
-def test_a_folder_defaults_to_imagenets_preprocessing(tmp_path):
+@pytest.mark.parametrize("load", [load_data, load_images])
+def test_a_folder_has_no_preprocessing_of_its_own(tmp_path, load):
     write_classes(tmp_path, {"a": 10, "b": 10})
-    splits = load_data(f"imagefolder:{tmp_path}")
-    assert splits.preprocessing == IMAGENET
-    assert splits.test[0][0].shape == (3, 224, 224)
+    with pytest.raises(OptionError, match=r"not known; give preprocessing=Preprocessing\(size, mean, std\)"):
+        load(f"imagefolder:{tmp_path}")
+    with pytest.raises(OptionError, match=r"not known; give preprocessing=Preprocessing\(size, mean, std\)"):
+        load_images(str(tmp_path))
 
 
 def test_a_class_too_small_to_stratify_falls_back_to_chance(tmp_path):

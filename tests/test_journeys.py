@@ -21,7 +21,7 @@ PICTURES = ("--data", "imagefolder:pictures")
 LOOK = ("--size", "16", "--mean", "0.5", "--std", "0.25")
 TRAINING = ("--epochs", "15", "--batch-size", "16", "--threads", "1", "--to", "shift")
 TRUST = ("--trust-module", "mynet")
-GRAYED = Preprocessing((16, 16), (0.5,) * 3, (0.25,) * 3, crop=0.875)
+GRAYED = Preprocessing((16, 16), (0.5,) * 3, (0.25,) * 3)
 
 Command = Callable[..., Outcome]
 

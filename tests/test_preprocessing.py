@@ -11,9 +11,16 @@ from PIL import Image
 from torch import nn
 
 from convsurgeon.errors import DataError, OptionError
-from convsurgeon.preprocessing import IMAGENET, Preprocessing, parse_preprocessing, preprocessing_of
+from convsurgeon.preprocessing import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    parse_preprocessing,
+    preprocessing_of,
+)
 from convsurgeon.record import update_record
 
+IMAGENET = Preprocessing((224, 224), IMAGENET_MEAN, IMAGENET_STD, crop=0.875)
 GRAY = Preprocessing((4, 6), (0.25,), (0.5,), color="gray")
 RGB = Preprocessing((4, 6), (0.1, 0.2, 0.3), (0.5, 1.0, 2.0))
 
@@ -43,6 +50,7 @@ def test_survives_json_and_pickle(given):
         ({"color": "bgr"}, "color is 'rgb' or 'gray', not 'bgr'"),
         ({"crop": 0.0}, "crop is a share in (0, 1], not 0.0"),
         ({"crop": 1.5}, "crop is a share in (0, 1], not 1.5"),
+        ({"interpolation": "cubic"}, "interpolation is one of bilinear, bicubic, nearest, nearest-exact, not 'cubic'"),
         ({"zoom": 2}, "zoom"),
         ({"size": None}, "cannot be read"),
     ],

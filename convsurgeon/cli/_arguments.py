@@ -73,6 +73,11 @@ Size = Annotated[str | None, typer.Option(metavar="H[,W]", help="Image size; by 
 Mean = Annotated[str | None, typer.Option(metavar="M[,M,M]", help="Mean per channel, in 0..1.")]
 Std = Annotated[str | None, typer.Option(metavar="S[,S,S]", help="Standard deviation per channel, in 0..1.")]
 Color = Annotated[str | None, typer.Option(metavar="rgb|gray", help="Color of the images.")]
+Crop = Annotated[
+    str | None,
+    typer.Option(metavar="SHARE|none", help="Share of the resized image that is kept at its centre, such as 0.875."),
+]
+Interpolation = Annotated[str | None, typer.Option(metavar="bilinear|bicubic|...", help="How images are resized.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of weights, order, augmentation and noise.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads; all cores by default.")]
 LimitBatches = Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop every pass after N batches.")]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from convsurgeon.cli._data import PreprocessingFlags, refuse_idle_flags
 from convsurgeon.cli._drawing import Drawing, console, say, tell
 from convsurgeon.errors import OptionError, UnknownNameError
 
@@ -29,10 +30,7 @@ class CalibrationRequest:
     polish: bool | None
     polish_minutes: float | None
     data_root: Path | None
-    size: str | None
-    mean: str | None
-    std: str | None
-    color: str | None
+    flags: PreprocessingFlags
     seed: int
 
     def check(self) -> None:
@@ -43,12 +41,8 @@ class CalibrationRequest:
             "--polish" if self.polish else "--no-polish": self.polish,
             "--polish-minutes": self.polish_minutes,
             "--data-root": self.data_root,
-            "--size": self.size,
-            "--mean": self.mean,
-            "--std": self.std,
-            "--color": self.color,
         }
-        idle = [flag for flag, value in said.items() if value is not None]
+        idle = [*(flag for flag, value in said.items() if value is not None), *self.flags.typed()]
         if self.data is None and idle:
             raise OptionError(f"{idle[0]} is about calibration; say --calibrate DATA, too")
         if self.answers not in (None, "auto", "scores", "values"):
@@ -62,27 +56,26 @@ class CalibrationRequest:
                 f"--polish-minutes must be a number above 0, got {self.polish_minutes:g}; or say --no-polish"
             )
 
-    def load(self, model: nn.Module) -> tuple[Any, bool]:
-        """Return the images, as the model takes them, and whether they may be mirrored."""
-        from convsurgeon.cli._models import refuse_idle_flags
-        from convsurgeon.data import ImageSet, default_preprocessing, is_folder, load_images, names
-        from convsurgeon.preprocessing import IMAGENET, parse_preprocessing, preprocessing_of
+    def load(self, model: nn.Module, *, source: str) -> tuple[Any, bool]:
+        """Return the images, as the model takes them, and whether they may be mirrored.
+
+        Args:
+            source: what the model was loaded from.
+        """
+        from convsurgeon.data import ImageSet, expect_images, is_folder, load_images, names
+        from convsurgeon.record import read_record
 
         if not self.data:
             raise OptionError("--calibrate needs a folder of images or the name of a data set, got an empty string")
         folder = is_folder(self.data)
-        looks = (self.size, self.mean, self.std, self.color)
         if folder and self.data in names():
             say(f"note: {self.data} is the folder of that name here, not the data set; ./{self.data} says so, too")
-        refuse_idle_flags(self.data, root=self.data_root, looks=looks, is_path=folder)
+        refuse_idle_flags(self.data, self.flags, root=self.data_root, is_path=folder)
         try:
-            named = None if folder else default_preprocessing(self.data)
+            expect_images(self.data)
+            wanted = self.flags.choose(self.data, {source: read_record(model)}, is_path=folder)
         except UnknownNameError as error:
             raise UnknownNameError(f"{error} There is no folder of that name either.") from error
-        # nobody trained on ImageNet's crop of another size
-        unknown = IMAGENET if self.size is None else replace(IMAGENET, crop=1.0)
-        start = preprocessing_of(model) or named or unknown
-        wanted = parse_preprocessing(start, size=self.size, mean=self.mean, std=self.std, color=self.color)
         images, flip = load_images(self.data, root=self.data_root, preprocessing=wanted, seed=self.seed)
         if isinstance(images, ImageSet):
             say(f"preprocessing: {images.preprocessing}")

@@ -1,21 +1,18 @@
-"""What verbs do with their shared arguments: load, select, shape, preprocess."""
+"""What verbs do with their shared arguments: load, select, shape."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convsurgeon.cli._drawing import say
-from convsurgeon.errors import DataError, ModelError, OptionError, one_line
+from convsurgeon.errors import ModelError, OptionError, one_line
 from convsurgeon.options import parse_pairs
 from convsurgeon.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from convsurgeon.data import DataSplits
-    from convsurgeon.preprocessing import Preprocessing
     from convsurgeon.surgery import Plan
 
 
@@ -140,55 +137,6 @@ def need_example(model: nn.Module, input_shape: str | None) -> Tensor:
     if example is None:
         raise OptionError("the input's shape is not known for this model; say it: --input-shape 1,3,224,224")
     return example
-
-
-def refuse_idle_flags(name: str, *, root: Path | None, looks: Iterable[str | None], is_path: bool = False) -> None:
-    """Raise an `OptionError` for flags that change nothing about the data that are named beside them.
-
-    Args:
-        looks: what `--size`, `--mean`, `--std` and `--color` say.
-        is_path: whether the name is the bare path of a folder.
-    """
-    folder = is_path or name.startswith("imagefolder:")
-    if folder and root:
-        raise OptionError(f"{name} is a folder of its own; leave out --data-root: downloaded data sets lie there")
-    if ":" in name and not folder and any((root, *looks)):
-        raise OptionError(
-            f"{name} gives its images as they are to be taken; leave out --data-root, --size, --mean, --std and --color"
-        )
-
-
-def load_splits(
-    name: str | None,
-    base: Preprocessing | None,
-    *,
-    root: Path | None,
-    size: str | None,
-    mean: str | None,
-    std: str | None,
-    color: str | None,
-    val_fraction: float = 0.1,
-    seed: int = 0,
-) -> DataSplits:
-    """Load a data set, preprocessed as the model's source says and the flags change, and say how.
-
-    Raises:
-        DataError: if no data were named, or they are missing.
-    """
-    from convsurgeon.data import default_preprocessing, load_data, names
-    from convsurgeon.preprocessing import IMAGENET, parse_preprocessing
-
-    if name is None:
-        raise DataError(
-            f"which data? Say --data with one of {', '.join(names())}, imagefolder:DIR or package.module:factory"
-        )
-    refuse_idle_flags(name, root=root, looks=(size, mean, std, color))
-    start = base or default_preprocessing(name) or IMAGENET
-    wanted = parse_preprocessing(start, size=size, mean=mean, std=std, color=color)
-    splits = load_data(name, root=root, preprocessing=wanted, val_fraction=val_fraction, seed=seed)
-    if splits.preprocessing is not None:
-        say(f"preprocessing: {splits.preprocessing}")
-    return splits
 
 
 def count_scores(model: nn.Module, example: Tensor) -> int | None:

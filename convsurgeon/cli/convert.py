@@ -61,6 +61,8 @@ def run(
     mean: arguments.Mean = None,
     std: arguments.Std = None,
     color: arguments.Color = None,
+    crop: arguments.Crop = None,
+    interpolation: arguments.Interpolation = None,
     seed: arguments.Seed = 0,
     threads: arguments.Threads = None,
     input_shape: arguments.InputShape = None,
@@ -73,6 +75,7 @@ def run(
 ) -> None:
     """Replace standard convolutions by cheap ones, started from the dense weights, and write the student."""
     from convsurgeon.cli._calibrating import CalibrationRequest, draw, shape_of
+    from convsurgeon.cli._data import PreprocessingFlags
     from convsurgeon.cli._models import check_ops, example_for, load_model, read_plan, selectors, set_threads
     from convsurgeon.storage import default_output, refuse_to_save
     from convsurgeon.surgery import plan as make_plan
@@ -81,8 +84,9 @@ def run(
         raise OptionError(
             "--plan is carried out as it is; leave out --to, --keep, --only, --map, --pointwise and --option"
         )
+    flags = PreprocessingFlags(size, mean, std, color, crop, interpolation)
     calibration = CalibrationRequest(
-        calibrate, calibration_images, answers, polish, polish_minutes, data_root, size, mean, std, color, seed
+        calibrate, calibration_images, answers, polish, polish_minutes, data_root, flags, seed
     )
     calibration.check()
     if dry_run and calibrate is not None:
@@ -91,7 +95,7 @@ def run(
     ready = read_plan(plan) if plan is not None else None
     check_ops(to, pointwise)
     network = load_model(model, weights=weights, model_arg=model_arg, trust=trust, trust_module=trust_module)
-    images = calibration.load(network) if calibrate is not None else None
+    images = calibration.load(network, source=model) if calibrate is not None else None
     if images is not None:
         calibration.refuse(network, images)
     example = example_for(network, input_shape)

@@ -41,6 +41,8 @@ def run(
     mean: arguments.Mean = None,
     std: arguments.Std = None,
     color: arguments.Color = None,
+    crop: arguments.Crop = None,
+    interpolation: arguments.Interpolation = None,
     val_fraction: Annotated[float, typer.Option(help="Share of the training images held out to choose by.")] = 0.1,
     method: Annotated[str, typer.Option(help="joint, frozen, ensemble, or another file of methods/.")] = "joint",
     method_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Repeatable.")] = None,
@@ -111,7 +113,8 @@ def run(
 # what decides the run, and is remembered in the run folder
 _SAID = (
     "teacher", "student", "to", "keep", "only", "mapping", "pointwise", "option", "data", "data_root", "size", "mean",
-    "std", "color", "val_fraction", "method", "method_option", "objective", "objective_option", "epochs", "batch_size",
+    "std", "color", "crop", "interpolation", "val_fraction", "method", "method_option", "objective", "objective_option",
+    "epochs", "batch_size",
     "optimizer", "learning_rate", "weight_decay", "seed", "augment", "device", "precision", "threads",
     "limit_batches", "tensorboard", "weights", "model_arg", "trust", "trust_module",
 )  # fmt: skip
@@ -164,9 +167,10 @@ class _Prepared:
     def __init__(self, said: dict[str, Any]) -> None:
         import torch
 
-        from convsurgeon.cli._models import check_ops, load_model, load_splits, trusted
+        from convsurgeon.cli._data import PreprocessingFlags, load_splits
+        from convsurgeon.cli._models import check_ops, load_model, trusted
         from convsurgeon.distillation import methods
-        from convsurgeon.preprocessing import preprocessing_of
+        from convsurgeon.record import read_record
 
         self.said = said
         check_ops(said["to"], said["pointwise"])
@@ -175,10 +179,14 @@ class _Prepared:
         trust = {"trust": said["trust"], "trust_module": said["trust_module"]}
         self.teacher = load_model(said["teacher"], weights=said["weights"], model_arg=said["model_arg"], **trust)
         self.student = self._student(trusted(said["teacher"], said["trust_module"]))
-        base = preprocessing_of(self.teacher) or preprocessing_of(self.student)
-        look = {key: said[key] for key in ("size", "mean", "std", "color", "val_fraction", "seed")}
-        root = Path(said["data_root"]) if said["data_root"] else None
-        self.splits = load_splits(said["data"], base, root=root, **look)
+        self.splits = load_splits(
+            said["data"],
+            PreprocessingFlags.of(said),
+            {said["teacher"]: read_record(self.teacher), said["student"] or "the student": read_record(self.student)},
+            root=Path(said["data_root"]) if said["data_root"] else None,
+            val_fraction=said["val_fraction"],
+            seed=said["seed"],
+        )
         self.example = self._example()
 
     def _student(self, admitted: list[str]) -> Any:
@@ -286,6 +294,7 @@ class _Prepared:
             "run": str(folder),
             "student_file": str(file),
             "onnx_file": str(comparison.after.delivery.path),
+            "preprocessing": None if splits.preprocessing is None else splits.preprocessing.to_dict(),
             "config": RunFolder.read_config(folder),
             "training": dict(result.metrics),
             "teacher_accuracy_ended": ended,

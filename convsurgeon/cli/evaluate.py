@@ -25,6 +25,8 @@ def run(
     mean: arguments.Mean = None,
     std: arguments.Std = None,
     color: arguments.Color = None,
+    crop: arguments.Crop = None,
+    interpolation: arguments.Interpolation = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
     limit_batches: arguments.LimitBatches = None,
     threads: arguments.Threads = None,
@@ -36,9 +38,9 @@ def run(
     json: arguments.Json = False,
 ) -> None:
     """Measure accuracy on labelled images, and how often a model answers as its teacher does."""
-    from convsurgeon.cli._models import args_for, load_splits, set_threads, trusted
+    from convsurgeon.cli._data import PreprocessingFlags, load_splits
+    from convsurgeon.cli._models import args_for, set_threads, trusted
     from convsurgeon.evaluation import evaluate
-    from convsurgeon.preprocessing import Preprocessing
 
     set_threads(threads)
     if teacher is None and teacher_weights is not None:
@@ -46,13 +48,14 @@ def run(
     admitted = trusted(teacher or "", trusted(model, trust_module))
     args = args_for(model, model_arg, other=teacher)
     network, record = _open(model, weights, args, trust=trust, admitted=admitted)
+    records = {model: record}
     lead = None
     if teacher is not None:
         args = args_for(teacher, model_arg, other=model)
-        lead, _ = _open(teacher, teacher_weights, args, trust=trust, admitted=admitted)
-    known, classes = record.get("preprocessing"), record.get("classes")
-    base = Preprocessing.from_dict(known) if known else None
-    splits = load_splits(data, base, root=data_root, size=size, mean=mean, std=std, color=color)
+        lead, records[teacher] = _open(teacher, teacher_weights, args, trust=trust, admitted=admitted)
+    flags = PreprocessingFlags(size, mean, std, color, crop, interpolation)
+    splits = load_splits(data, flags, records, root=data_root)
+    classes = record.get("classes")
     images = {"train": splits.train, "val": splits.val, "test": splits.test}.get(split)
     if classes and splits.classes and list(classes) != list(splits.classes):
         say(
@@ -66,7 +69,8 @@ def run(
             network, images, teacher=lead, batch_size=batch_size, limit_batches=limit_batches, report=drawing
         )
     if json:
-        emit({"model": model, "data": splits.name, "split": split, **asdict(found)})
+        used = None if splits.preprocessing is None else splits.preprocessing.to_dict()
+        emit({"model": model, "data": splits.name, "split": split, "preprocessing": used, **asdict(found)})
         return
     line = f"accuracy {100 * found.accuracy:.2f} % on {found.images} images of {splits.name} ({split})"
     if found.agreement is not None:
@@ -85,7 +89,11 @@ def _open(
             raise OptionError(f"--weights and --model-arg go with an architecture, not with the ONNX file {source}")
         opened = session(source)
         metadata = read_metadata(opened)
-        return opened, {key: _parsed(metadata[key], key, source) for key in _KINDS if key in metadata}
+        record = {key: _parsed(metadata[key], key, source) for key in _KINDS if key in metadata}
+        shape = opened.get_inputs()[0].shape
+        if len(shape) == 4 and all(isinstance(size, int) for size in shape[1:]):
+            record["input_shape"] = [1, *shape[1:]]
+        return opened, record
     from convsurgeon.cli._models import load_model
     from convsurgeon.record import read_record
 

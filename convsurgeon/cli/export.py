@@ -35,6 +35,8 @@ def run(
     mean: arguments.Mean = None,
     std: arguments.Std = None,
     color: arguments.Color = None,
+    crop: arguments.Crop = None,
+    interpolation: arguments.Interpolation = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Time with 1 and with so many threads.")] = None,
     weights: arguments.Weights = None,
     teacher_weights: Annotated[str | None, typer.Option(metavar="FILE|DEFAULT", help="Weights of the teacher.")] = None,
@@ -45,21 +47,15 @@ def run(
     json: arguments.Json = False,
 ) -> None:
     """Write an ONNX file with a free batch size, only if onnxruntime agrees with PyTorch on it."""
-    from convsurgeon.cli._models import (
-        args_for,
-        count_scores,
-        file_stem,
-        load_model,
-        load_splits,
-        need_example,
-        trusted,
-    )
+    from convsurgeon.cli._data import PreprocessingFlags, load_splits
+    from convsurgeon.cli._models import args_for, count_scores, file_stem, load_model, need_example, trusted
     from convsurgeon.delivery import export, measure_latency
     from convsurgeon.files import refuse_to_overwrite
-    from convsurgeon.preprocessing import preprocessing_of
+    from convsurgeon.record import read_record
 
-    if data is None and any(each is not None for each in (data_root, size, mean, std, color)):
-        raise OptionError("--data-root, --size, --mean, --std and --color are about --data; say which data")
+    flags = PreprocessingFlags(size, mean, std, color, crop, interpolation)
+    if data is None and (idle := [*(["--data-root"] if data_root else []), *flags.typed()]):
+        raise OptionError(f"{' and '.join(idle)} {'is' if len(idle) == 1 else 'are'} about --data; say which data")
     if teacher is None and teacher_weights is not None:
         raise OptionError("--teacher-weights are for the --teacher; say which one it is")
     path = refuse_to_overwrite(output or Path(f"{file_stem(student)}.onnx"), force=force)
@@ -73,8 +69,7 @@ def run(
     example: Tensor | None = None
     images = None
     if data is not None:
-        base = preprocessing_of(network)
-        splits = load_splits(data, base, root=data_root, size=size, mean=mean, std=std, color=color)
+        splits = load_splits(data, flags, {student: read_record(network)}, root=data_root)
         images = _images(splits)
         first = next(iter(images))[0][:1]
         example = first if input_shape is None else None

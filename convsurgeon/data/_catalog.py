@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from convsurgeon.data._factory import load_from_factory
-from convsurgeon.data._folder import load_folder
+from convsurgeon.data._folder import expect_folder, load_folder
 from convsurgeon.data._images import MEMORY, ImageSet, TensorPictures, bytes_each
 from convsurgeon.data._named import DEFAULT_ROOT, NAMED
 from convsurgeon.data._splits import DataSplits, check_fraction, hold_out_validation
-from convsurgeon.errors import DataError, UnknownNameError
-from convsurgeon.preprocessing import IMAGENET, Preprocessing
+from convsurgeon.errors import DataError, OptionError, UnknownNameError
+from convsurgeon.preprocessing import Preprocessing
 
 _FOLDER = "imagefolder"
 _OTHER_FORMS = (f"{_FOLDER}:DIR", "package.module:factory")
@@ -47,8 +47,8 @@ def load_data(
 
     Args:
         root: where downloaded sets lie; `./data` where not given. Factories and folders do not look at it.
-        preprocessing: what the images are fitted to; where not given, the set's natural one (ImageNet's for
-            a folder). A factory's data are taken as they come.
+        preprocessing: what the images are fitted to; where not given, the natural one of a set that has a name.
+            A folder has none, and a factory's data are taken as they come.
         val_fraction: the share of the training images to hold out, where the set has no validation split;
             0 for none (of all images, where a folder has to be divided into three).
         seed: what the validation images are drawn with.
@@ -56,21 +56,32 @@ def load_data(
     Raises:
         UnknownNameError: if there is no such set.
         DataError: if it is missing, damaged or too small, saying how to get it.
-        OptionError: if `val_fraction` is not a share.
+        OptionError: if `val_fraction` is not a share, or a folder comes without preprocessing.
     """
     check_fraction(val_fraction)
+    expect_source(name)
     kind, colon, rest = name.partition(":")
     if kind == _FOLDER:
-        if not rest:
-            raise DataError(f"{_FOLDER} needs a folder: {_FOLDER}:DIR")
-        wanted = IMAGENET if preprocessing is None else preprocessing
+        wanted = expect_preprocessing(name, preprocessing)
         folder = Path(rest).expanduser()
         return load_folder(folder, name=name, preprocessing=wanted, val_fraction=val_fraction, seed=seed)
     if colon:
         return load_from_factory(name)
-    _check_known(name)
     folder = DEFAULT_ROOT if root is None else Path(root).expanduser()
     return _load_named(name, folder, preprocessing, val_fraction, seed)
+
+
+def expect_preprocessing(name: str, preprocessing: Preprocessing | None) -> Preprocessing:
+    """Return the preprocessing of a folder's pictures, which must be given.
+
+    Raises:
+        OptionError: if it is not.
+    """
+    if preprocessing is None:
+        raise OptionError(
+            f"{name}: what its pictures are fitted to is not known; give preprocessing=Preprocessing(size, mean, std)"
+        )
+    return preprocessing
 
 
 def _load_named(
@@ -86,6 +97,22 @@ def _load_named(
     )
     train, val = hold_out_validation(known, val_fraction=val_fraction, seed=seed, what=name)
     return DataSplits(name, train, val, test, raw.classes, wanted, entry.flip)
+
+
+def expect_source(name: str) -> None:
+    """Raise for the name of a data set that does not exist, and for `imagefolder:DIR` without such a folder.
+
+    Raises:
+        UnknownNameError: if there is no such set.
+        DataError: if there is no such folder.
+    """
+    kind, colon, rest = name.partition(":")
+    if kind == _FOLDER:
+        if not rest:
+            raise DataError(f"{_FOLDER} needs a folder: {_FOLDER}:DIR")
+        expect_folder(Path(rest).expanduser(), name=name)
+    elif not colon:
+        _check_known(name)
 
 
 def _check_known(name: str) -> None:

@@ -39,14 +39,19 @@ def load_folder(folder: Path, *, name: str, preprocessing: Preprocessing, val_fr
     Raises:
         DataError: if there are no class folders, or empty ones, or the splits' classes differ.
     """
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise DataError(f"{name}: {folder} {what}; give a folder with one subfolder for each class")
+    expect_folder(folder, name=name)
     if _has_splits(folder):
         train, val, test = _given_splits(folder, preprocessing, val_fraction, seed)
     else:
         train, val, test = _made_splits(folder, preprocessing, val_fraction, seed)
     return DataSplits(name, train, val, test, train.classes, preprocessing, flip=True)
+
+
+def expect_folder(folder: Path, *, name: str) -> None:
+    """Raise a `DataError` if there is no such folder."""
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise DataError(f"{name}: {folder} {what}; give a folder with one subfolder for each class")
 
 
 def _has_splits(folder: Path) -> bool:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from convsurgeon.data._catalog import load_data, names
+from convsurgeon.data._catalog import expect_preprocessing, expect_source, load_data, names
 from convsurgeon.data._images import MEMORY, FilePictures, ImageSet, bytes_each
 from convsurgeon.data._splits import TEST_SEED, Images
 from convsurgeon.errors import DataError
-from convsurgeon.preprocessing import IMAGENET, Preprocessing
+from convsurgeon.preprocessing import Preprocessing
 
 
 def load_images(
@@ -24,24 +24,37 @@ def load_images(
     Args:
         source: the path of a folder, or what `load_data` takes.
         root: where downloaded sets lie.
-        preprocessing: what the pictures are fitted to; ImageNet's for a folder where not given.
+        preprocessing: what the pictures are fitted to; a folder's must be given.
         seed: what the validation images of a data set are drawn with; they are left out.
 
     Raises:
         DataError: if there are no pictures, or the data set is missing.
         UnknownNameError: if there is neither such a folder nor such a set.
+        OptionError: if a folder comes without preprocessing.
     """
     folder = Path(source).expanduser()
     if not is_folder(source):
         splits = load_data(source, root=root, preprocessing=preprocessing, seed=seed)
         return splits.train, splits.flip
-    if not folder.is_dir():
-        raise DataError(f"{source} is no folder; give a folder of images, or a data set: {', '.join(names())}")
-    wanted = IMAGENET if preprocessing is None else preprocessing
+    expect_images(source)
+    wanted = expect_preprocessing(source, preprocessing)
     paths = _pictures_in(folder)
     keep = len(paths) * bytes_each(wanted) <= MEMORY
     pictures = FilePictures(paths, wanted, keep=keep)
     return ImageSet(pictures, torch.zeros(len(paths)), classes=("unlabelled",), preprocessing=wanted), True
+
+
+def expect_images(source: str) -> None:
+    """Raise for a source of images that is neither a folder nor a data set.
+
+    Raises:
+        DataError: if there is no such folder.
+        UnknownNameError: if there is no such set.
+    """
+    if not is_folder(source):
+        expect_source(source)
+    elif not Path(source).expanduser().is_dir():
+        raise DataError(f"{source} is no folder; give a folder of images, or a data set: {', '.join(names())}")
 
 
 def is_folder(source: str) -> bool:

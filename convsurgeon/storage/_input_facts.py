@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from convsurgeon.preprocessing import INTERPOLATIONS
+
 
 def torchvision_facts(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     """Read size, mean and standard deviation off the transforms of the library's own weights.
@@ -26,7 +28,7 @@ def torchvision_facts(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     else:
         return {}
     size = _pair(args.get("image_size", size))
-    return _entries(size, 3, mean=preset.mean, std=preset.std, crop=crop)
+    return _entries(size, 3, mean=preset.mean, std=preset.std, crop=crop, interpolation=preset.interpolation.value)
 
 
 def timm_facts(model: nn.Module, args: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,11 +46,15 @@ def timm_facts(model: nn.Module, args: Mapping[str, Any]) -> dict[str, Any]:
         mean=config.get("mean", ()),
         std=config.get("std", ()),
         crop=config.get("crop_pct") or 1.0,
+        interpolation=config.get("interpolation"),
     )
 
 
-def _entries(size: list[int], channels: int, *, mean: Any, std: Any, crop: float) -> dict[str, Any]:
-    """Return record entries: one channel sees a grey picture, and of other counts than 3 nothing is known."""
+def _entries(size: list[int], channels: int, *, mean: Any, std: Any, crop: float, interpolation: Any) -> dict[str, Any]:
+    """Return record entries: one channel sees a grey picture, and of other counts than 3 nothing is known.
+
+    An interpolation that tensors do not offer is replaced by bicubic, the closest one.
+    """
     entries: dict[str, Any] = {"input_shape": [1, channels, *size]}
     mean, std = [float(value) for value in mean], [float(value) for value in std]
     if channels == 1 and mean and std:
@@ -61,6 +67,7 @@ def _entries(size: list[int], channels: int, *, mean: Any, std: Any, crop: float
             "std": std,
             "color": color,
             "crop": min(crop, 1.0),
+            "interpolation": interpolation if interpolation in INTERPOLATIONS else "bicubic",
         }
     return entries
 
