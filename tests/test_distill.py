@@ -297,7 +297,7 @@ def test_augmentation_is_one_for_teacher_and_student() -> None:
             self.who = who
 
         def forward(self, x: Tensor) -> Tensor:
-            if self.training or self.who == "teacher":
+            if self.norm.training or self.who == "teacher":
                 seen[self.who].append(x.detach().clone())
             return super().forward(x)
 
@@ -381,7 +381,7 @@ def test_a_second_run_in_one_process_may_have_another_precision() -> None:
     class Spy(Tiny):
         def forward(self, x: Tensor) -> Tensor:
             found = self.conv1(x)
-            if self.training:
+            if self.norm.training:
                 dtypes.append(found.dtype)
             return super().forward(x)
 

@@ -10,15 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from convsurgeon.surgery import copy_module, in_mode
+
 Statistics = dict[str, dict[str, Any]]
 
 
 def norms_of(network: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the batch norms that use running statistics, by name."""
+    """Return the batch norms whose running statistics move in training, by name.
+
+    Those that the network's own `train()` keeps in eval mode are left out.
+    """
+    in_training = in_mode(copy_module(network), training=True)
+    frozen = {fqn for fqn, module in in_training.named_modules() if not module.training}
     return {
         fqn: module
         for fqn, module in network.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and fqn not in frozen
     }
 
 
@@ -34,7 +41,7 @@ def estimate_statistics(network: nn.Module, batches: Iterable[Tensor]) -> None:
     """
     norms = norms_of(network)
     momenta = {fqn: norm.momentum for fqn, norm in norms.items()}
-    before = statistics_of(network)
+    before = _copied(norms)
     seen: dict[nn.Module, int] = {}
 
     def weigh(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -54,18 +61,25 @@ def estimate_statistics(network: nn.Module, batches: Iterable[Tensor]) -> None:
         for fqn, norm in norms.items():
             norm.momentum = momenta[fqn]
             norm.eval()
-        put_statistics(network, {fqn: before[fqn] for fqn, norm in norms.items() if norm not in seen})
+        _put(norms, {fqn: before[fqn] for fqn, norm in norms.items() if norm not in seen})
 
 
 def statistics_of(network: nn.Module) -> Statistics:
-    """Return a copy of all running statistics."""
-    return {fqn: copy.deepcopy(dict(norm._buffers)) for fqn, norm in norms_of(network).items()}
+    """Return a copy of all running statistics that move in training."""
+    return _copied(norms_of(network))
+
+
+def put_statistics(network: nn.Module, statistics: Statistics) -> None:
+    """Put running statistics back."""
+    _put(norms_of(network), statistics)
+
+
+def _copied(norms: dict[str, _BatchNorm]) -> Statistics:
+    return {fqn: copy.deepcopy(dict(norm._buffers)) for fqn, norm in norms.items()}
 
 
 @torch.no_grad()
-def put_statistics(network: nn.Module, statistics: Statistics) -> None:
-    """Put running statistics back."""
-    norms = norms_of(network)
+def _put(norms: dict[str, _BatchNorm], statistics: Statistics) -> None:
     for fqn, buffers in statistics.items():
         for name, value in buffers.items():
             if value is not None:

@@ -13,12 +13,10 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from convsurgeon.calibration._images import CalibrationImages
 from convsurgeon.calibration._result import PolishRun
 from convsurgeon.distillation import Augmentation, Training, distill, methods
-from convsurgeon.errors import DivergenceError, OptionError, one_line
-from convsurgeon.evaluation import float_leaves
+from convsurgeon.errors import ConvSurgeonError, DivergenceError, OptionError, one_line
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.options import parse_options
 from convsurgeon.progress import Progress, Report, be_silent
-from convsurgeon.surgery import copy_module, in_mode
 
 _FEWEST_STEPS = 10
 # the first step is slower than those that follow; where steps are short, some more are looked at
@@ -92,14 +90,16 @@ def polish(
     """
     train = images.fitted.cpu()
     run = _Imitation(teacher, student, train, min(settings.batch_size, len(train)), scores, settings, seed)
-    if obstacle := _why_not_trained(student, train[:2]):
-        return PolishRun(None, 0, _RATES[0], run.batch_size, f"left out: the student cannot be trained: {obstacle}")
     frozen = _thaw_ops(student)
     try:
         step_seconds = _time_step(run)
     except DivergenceError:
         _put_back(frozen, student)
         return PolishRun(None, 0, _RATES[0], run.batch_size, _DIVERGED)
+    except Exception as error:  # whatever somebody's forward raises where it is trained
+        _put_back(frozen, student)
+        reason = str(error) if isinstance(error, ConvSurgeonError) else one_line(error)
+        return PolishRun(None, 0, _RATES[0], run.batch_size, f"left out: the student cannot be trained: {reason}")
     affordable = min(settings.steps, max(_FEWEST_STEPS, int(settings.seconds / step_seconds)))
     report(
         Progress(
@@ -157,22 +157,6 @@ class _Imitation:
             report=report,
         )
         return result.student, float(result.metrics["seconds"])
-
-
-def _why_not_trained(student: nn.Module, images: Tensor) -> str | None:
-    """Return what a copy of the student says to a step of training on these images, or None if it takes one."""
-    trial = in_mode(copy_module(student), training=True)
-    _thaw_ops(trial)
-    first = next(iter(trial.parameters()), images)
-    try:
-        answers = float_leaves(trial(images.to(first.device, copy=True)))
-        gradients = [answer for answer in answers if answer.requires_grad]
-        if not gradients:
-            return "no gradient comes from its answers; take away what detaches them, as torch.no_grad() does"
-        torch.stack([answer.float().sum() for answer in gradients]).sum().backward()  # type: ignore[no-untyped-call]
-    except Exception as error:  # whatever somebody's forward raises in train mode
-        return one_line(error)
-    return None
 
 
 def _run_without_diverging(run: Run, steps: int, rate: float, report: Report) -> tuple[nn.Module | None, float]:

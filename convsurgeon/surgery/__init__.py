@@ -1,6 +1,6 @@
 """Find every convolution, decide about each, and build the student: survey, plan, rewrite."""
 
-from convsurgeon.surgery._copies import copy_module, expect_module, in_mode
+from convsurgeon.surgery._copies import copy_module, expect_module, in_mode, untouched_random_state
 from convsurgeon.surgery._cost import Cost, FlopCounter, Macs, cost_of, count_macs, count_params, example_like, totals
 from convsurgeon.surgery._functional import dense_kernel
 from convsurgeon.surgery._graph import trace as trace_graph
@@ -41,4 +41,5 @@ __all__ = [
     "survey",
     "totals",
     "trace_graph",
+    "untouched_random_state",
 ]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self, final
 
 from torch import Tensor, nn
 
+from convsurgeon.distillation._output_form import choose_form
 from convsurgeon.distillation.objectives import AbstractObjective
 from convsurgeon.options import parse_options
 from convsurgeon.registry import Registry
+
+_NO_DECAY = ("no_decay", "no_weight_decay", "_no_weight_decay")
 
 
 class Lesson(NamedTuple):
@@ -68,10 +70,23 @@ class AbstractMethod(nn.Module, ABC):
         self.student = student
         self.options = parse_options(self.Options, options, owner=self.name)
         self.objective = setting.objective
+        networks = [network for network in (teacher if self.needs_teacher else None, student) if network is not None]
+        self.form = choose_form(networks, setting.sample, for_labels=self.needs_labels)
         self.set_up(setting)
 
     def set_up(self, setting: Setting) -> None:
         """Make what the method needs besides teacher and student. A hook; nothing by default."""
+
+    @final
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all parts; teacher and students are in the same form, whatever each one's layers do."""
+        super().train(mode)
+        if mode:
+            for student in self.students().values():
+                self.form.apply(student, learns=True)
+            if self.teacher is not None:
+                self.form.apply(self.teacher, learns=self.teacher_learns)
+        return self
 
     @abstractmethod
     def forward(self, images: Tensor, labels: Tensor) -> Lesson:
@@ -86,18 +101,23 @@ class AbstractMethod(nn.Module, ABC):
         return [(self.student, 1.0)]
 
     def parameter_groups(self, *, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Return the optimiser's groups: weights decay, norms and biases do not, frozen ones are left out."""
-        groups = []
+        """Return the optimiser's groups: weights decay, norms and biases do not, frozen ones are left out.
+
+        Attributes of a parameter are heeded: it does not decay where one of `no_decay`, `no_weight_decay`,
+        `_no_weight_decay` is true, and `lr_scale` is its share of the rate.
+        """
+        groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
         for module, share in self.learning_rates():
-            trained = [p for p in module.parameters() if p.requires_grad]
-            for many, decay in ((True, weight_decay), (False, 0.0)):
-                if members := _of_rank(trained, many=many):
-                    groups.append({"params": members, "lr": learning_rate * share, "weight_decay": decay})
-        return groups
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    rate = learning_rate * share * float(getattr(parameter, "lr_scale", 1.0))
+                    decay = weight_decay if _decays(parameter) else 0.0
+                    groups.setdefault((parameter.dim() > 1, rate, decay), []).append(parameter)
+        return [{"params": params, "lr": rate, "weight_decay": decay} for (_, rate, decay), params in groups.items()]
 
 
-def _of_rank(parameters: Iterable[nn.Parameter], *, many: bool) -> list[nn.Parameter]:
-    return [p for p in parameters if (p.dim() > 1) == many]
+def _decays(parameter: nn.Parameter) -> bool:
+    return parameter.dim() > 1 and not any(getattr(parameter, name, False) for name in _NO_DECAY)
 
 
 _registry: Registry[type[AbstractMethod]] = Registry("method", "convsurgeon.distillation.methods")

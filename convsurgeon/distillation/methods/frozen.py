@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from convsurgeon.distillation.methods._base import AbstractMethod, Lesson, Setting, register
-from convsurgeon.evaluation import logits_of
 
 
 @final
@@ -37,19 +36,12 @@ class Frozen(AbstractMethod):
         assert self.teacher is not None
         self.teacher.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode of the student; the teacher stays in eval mode."""
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
-
     def forward(self, images: Tensor, labels: Tensor) -> Lesson:
         """Return the student's loss."""
         assert self.teacher is not None
         with torch.no_grad():
-            teacher = logits_of(self.teacher(images))
-        student = logits_of(self.student(images))
+            teacher = self.form.scores(self.teacher(images))
+        student = self.form.scores(self.student(images))
         loss = functional.cross_entropy(student, labels)
         loss = loss + self.options.weight * self.objective(student, teacher)
         return Lesson(loss, student, teacher)

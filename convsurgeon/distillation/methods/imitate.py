@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -74,15 +74,10 @@ class Imitate(AbstractMethod):
         self.teacher.requires_grad_(False)
         auto = self.options.answers == "auto"
         self.answers_are_scores = setting.classes > 0 if auto else self.options.answers == "scores"
+        self.form.apply(self.student, learns=True)
+        # but for those that the network's own train() keeps in eval mode
+        self.norms = [part for part in self.student.modules() if isinstance(part, _BatchNorm) and part.training]
         self.blocks = block_names(self.student, self.teacher, setting.sample[:2]) if self.options.blocks else []
-        self.norms = [part for part in self.student.modules() if isinstance(part, _BatchNorm)]
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode of the student; the teacher stays in eval mode."""
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
 
     def forward(self, images: Tensor, labels: Tensor) -> Lesson:
         """Return the student's loss."""
@@ -97,13 +92,12 @@ class Imitate(AbstractMethod):
         autocast = torch.autocast(images.device.type, enabled=False) if self.options.full_precision else None
         with _outputs(self.student, self.blocks) as had, autocast or contextlib.nullcontext():
             student = float_leaves(self.student(images))
-        if [each.shape for each in student[: len(teacher)]] != [each.shape for each in teacher]:
+        if [each.shape for each in student] != [each.shape for each in teacher]:
             raise DistillationError(
-                f"the student answers with shapes {[tuple(each.shape) for each in student]} in training, the teacher "
-                f"with {[tuple(each.shape) for each in teacher]}; expected the same first"
+                f"the student gives tensors of shapes {[tuple(each.shape) for each in student]}, the teacher "
+                f"{[tuple(each.shape) for each in teacher]}; expected the same"
             )
-        # what a network answers beside them in training only, such as auxiliary heads, has nothing to match
-        loss = sum((self._answer_loss(s, t) for s, t in zip(student, teacher, strict=False)), torch.zeros(()))
+        loss = sum((self._answer_loss(s, t) for s, t in zip(student, teacher, strict=True)), torch.zeros(()))
         if self.blocks:
             # a block that training leaves out now and then has nothing to match, nor one that takes other rows
             ran = [name for name in self.blocks if len(had[name]) == len(wanted[name])]

@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from convsurgeon.distillation.methods._base import AbstractMethod, Lesson, Setting, register
 from convsurgeon.errors import OptionError
-from convsurgeon.evaluation import logits_of
 
 _GENTLE = (0.01, 0.05)
 _EQUAL = (1.0, 1.0)
@@ -65,7 +64,7 @@ class Joint(AbstractMethod):
     def forward(self, images: Tensor, labels: Tensor) -> Lesson:
         """Return the sum of both losses."""
         assert self.teacher is not None
-        teacher, student = logits_of(self.teacher(images)), logits_of(self.student(images))
+        teacher, student = (self.form.scores(network(images)) for network in (self.teacher, self.student))
         learn = functional.cross_entropy(student, labels)
         learn = learn + self.options.weight * self.objective(student, teacher.detach())
         teach = functional.cross_entropy(teacher, labels)

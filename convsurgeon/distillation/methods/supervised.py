@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from convsurgeon.distillation.methods._base import AbstractMethod, Lesson, register
-from convsurgeon.evaluation import logits_of
 
 
 @final
@@ -23,5 +22,5 @@ class Supervised(AbstractMethod):
 
     def forward(self, images: Tensor, labels: Tensor) -> Lesson:
         """Return the cross-entropy of the student."""
-        student = logits_of(self.student(images))
+        student = self.form.scores(self.student(images))
         return Lesson(functional.cross_entropy(student, labels), student, None)
