@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from convsurgeon.data import DataSplits, ImageSet, make_loader
 from convsurgeon.errors import DataError, ModelError, OptionError, one_line
 from convsurgeon.progress import Progress, Report, be_silent
+from convsurgeon.surgery import copy_module
 
 Scorer = Callable[[Tensor], Tensor]
 """From a float batch of images to their logits `(B, K)`."""
@@ -218,7 +218,7 @@ def _evaluating(module: nn.Module, device: torch.device | str | None) -> Iterato
     home = weights[0].device if weights else torch.device("cpu")
     target = home if device is None else torch.device(device)
     if target.type != home.type or target.index not in (None, home.index):
-        module = copy.deepcopy(module).to(target)
+        module = copy_module(module).to(target)
 
     def score(images: Tensor) -> Tensor:
         # a whole-number batch is left alone: some networks embed or normalise pixels themselves

@@ -145,16 +145,15 @@ def count_scores(model: nn.Module, example: Tensor) -> int | None:
     Raises:
         ModelError: if it cannot take the image.
     """
-    import copy
 
     import torch
 
     from convsurgeon.evaluation import logits_of
-    from convsurgeon.surgery import in_mode
+    from convsurgeon.surgery import copy_module, in_mode
 
     try:
         with torch.no_grad():
-            answer = in_mode(copy.deepcopy(model), training=False)(example)
+            answer = in_mode(copy_module(model), training=False)(example)
     except Exception as error:  # whatever a foreign forward raises
         size = "x".join(map(str, example.shape[1:]))
         raise ModelError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from convsurgeon.distillation import methods
 from convsurgeon.distillation._config import Training
 from convsurgeon.errors import DataError, DistillationError, one_line
 from convsurgeon.evaluation import check_head, float_leaves, is_class_scores, logits_of
-from convsurgeon.surgery import in_mode
+from convsurgeon.surgery import copy_module, in_mode
 
 _LOOKED_AT = 8
 _NO_LENGTH = "train must have a length, so that the schedule knows its end"
@@ -107,7 +106,7 @@ def check_labels(labels: Tensor, width: int) -> None:
 
 
 def _answer(network: nn.Module, images: Tensor, who: str) -> Any:
-    probe = in_mode(copy.deepcopy(network).cpu(), training=False)
+    probe = in_mode(copy_module(network).cpu(), training=False)
     try:
         with torch.no_grad():
             return probe(images[:_LOOKED_AT].cpu())

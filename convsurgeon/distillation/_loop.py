@@ -7,7 +7,6 @@ uninterrupted run would have done, on one process with the same number of thread
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ from convsurgeon.distillation._watch import Watch
 from convsurgeon.errors import DataError, DistillationError, one_line
 from convsurgeon.evaluation import evaluate
 from convsurgeon.progress import Progress, Report
-from convsurgeon.surgery import in_mode
+from convsurgeon.surgery import copy_module, in_mode
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ class Run:
             seed=config.seed,
         )
         method = method_class(
-            None if given is None else copy.deepcopy(given).cpu(),
-            copy.deepcopy(student).cpu(),
+            None if given is None else copy_module(given).cpu(),
+            copy_module(student).cpu(),
             setting=setting,
             options=config.method_options,
         )
@@ -286,12 +285,12 @@ class Run:
         state = self.state
         assert state.best is not None
         assert self.best_state is not None
-        student = copy.deepcopy(self.given_student)
+        student = copy_module(self.given_student)
         student.load_state_dict(self.best_state)
         teacher = None
         if self.given_teacher is not None and self.method.needs_teacher:
             assert self.method.teacher is not None
-            teacher = copy.deepcopy(self.given_teacher)
+            teacher = copy_module(self.given_teacher)
             teacher.load_state_dict(self.method.teacher.state_dict())
             teacher.eval()
         if self.val is None:

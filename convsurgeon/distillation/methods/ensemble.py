@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -13,6 +12,7 @@ from torch.nn import functional
 from convsurgeon.distillation._features import split_at_features
 from convsurgeon.distillation.methods._base import AbstractMethod, Lesson, Setting, register
 from convsurgeon.errors import OptionError
+from convsurgeon.surgery import copy_module
 
 
 @final
@@ -54,7 +54,7 @@ class Ensemble(AbstractMethod):
         """Make the peers and the online teacher."""
         self.teacher = None
         count = self.options.peers
-        peers = [self.student, *(copy.deepcopy(self.student) for _ in range(count - 1))]
+        peers = [self.student, *(copy_module(self.student) for _ in range(count - 1))]
         generator = torch.Generator().manual_seed(setting.seed)
         for peer in peers[1:]:
             _disturb(peer, self.options.noise, generator)
