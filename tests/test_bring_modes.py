@@ -93,6 +93,19 @@ class FunctionalDropout(Trunk):
         return functional.dropout(main, 0.5, self.training)
 
 
+class OwnStochasticDepth(Trunk):
+    def answer(self, aux: Tensor, main: Tensor) -> Any:
+        kept = torch.rand(len(main), 1) < 0.8 if self.training else 1
+        return main * kept
+
+
+class RandomAndOther(Trunk):
+    """Its two modes have nothing in common but their sizes."""
+
+    def answer(self, aux: Tensor, main: Tensor) -> Any:
+        return functional.dropout(main, 0.2, training=True) if self.training else main.softmax(1)
+
+
 class TargetsInTraining(Trunk):
     def answer(self, aux: Tensor, main: Tensor) -> Any:
         if self.training:
@@ -141,6 +154,8 @@ CLASSIFIERS: list[type[Trunk]] = [
     Stacked,
     MeanInUse,
     FunctionalDropout,
+    OwnStochasticDepth,
+    RandomAndOther,
     TargetsInTraining,
     WithOwnBatchNorm,
 ]
@@ -228,11 +243,11 @@ def test_the_scores_of_training_are_those_that_are_used(kind: type[Trunk]) -> No
     torch.testing.assert_close(form.scores(network(IMAGES)), network.head(late))
 
 
-@pytest.mark.parametrize("kind", [Trunk, WithOwnBatchNorm])
+@pytest.mark.parametrize("kind", [Trunk, WithOwnBatchNorm, FunctionalDropout, OwnStochasticDepth])
 def test_ordinary_networks_train_as_they_always_did(kind: type[Trunk]) -> None:
-    """Also with a layer of one's own, which is no other form; a teacher that does not learn stays in eval mode."""
+    """Also with a layer of their own and, by labels, dropout of their own; a teacher that does not learn is at rest."""
     teacher, student = trained(kind), trained(kind)
-    for for_labels in (False, True):
+    for for_labels in (True,) if kind in (FunctionalDropout, OwnStochasticDepth) else (False, True):
         form = choose_form([teacher, student], IMAGES[:8], for_labels=for_labels)
         assert (form.training, form.modes_agree, form.index, form.probabilities) == (True, True, 0, False)
         form.apply(student, learns=True)

@@ -75,7 +75,8 @@ def choose_form(networks: Sequence[nn.Module], images: Tensor, *, for_labels: bo
 
     Where both modes give the same, it does not matter. Where they differ, outputs that are matched with each other are
     those of eval mode, as they are used; if no gradient flows through these, those of train mode. Labels are learned
-    from the output of train mode that eval mode makes its own from, else in the form of eval mode.
+    from the output of train mode that eval mode makes its own from, or that differs by chance only, as dropout in the
+    network's own code makes it; else in the form of eval mode.
 
     Args:
         networks: teacher and student, or the student alone, on the CPU.
@@ -89,11 +90,15 @@ def choose_form(networks: Sequence[nn.Module], images: Tensor, *, for_labels: bo
         first, *_ = looks = [_Look(network, images[:_LOOKED_AT]) for network in networks]
         in_use, in_training = first.outputs(training=False), first.outputs(training=True)
         layers = frozenset().union(*(look.layers for look in looks))
-        index = None if isinstance(in_training, str) or isinstance(in_use, str) else _link(in_use, in_training)
-        same = not isinstance(in_training, str) and _are_equal(in_use, in_training)
+        random = any(look.is_random for look in looks)
+        if random:
+            same = _are_alike(in_use, in_training)
+            index = 0 if same else None
+        else:
+            same, index = _are_equal(in_use, in_training), _link(in_use, in_training)
         train = OutputForm(True, same, index or 0, _are_distributions(in_training, index or 0), layers)
         use = OutputForm(False, False, 0, _are_distributions(in_use, 0), layers)
-        forms = [train, use] if same or (for_labels and index is not None) else [use, train]
+        forms = [train, use] if (same and not random) or (for_labels and index is not None) else [use, train]
         if for_labels and index is None:
             forms = [use]
         reasons = {form.training: _why_not(looks, form) for form in forms}
@@ -112,6 +117,8 @@ class _Look:
     def __init__(self, network: nn.Module, images: Tensor) -> None:
         self.network, self.images = copy_module(network), images
         self.layers: set[str] = set()
+        self.is_random = False
+        """Whether train mode gives something else each time."""
         self._known: dict[bool, list[Tensor] | str] = {}
 
     def outputs(self, *, training: bool) -> list[Tensor] | str:
@@ -142,14 +149,15 @@ class _Look:
             if not training or written <= self.layers:
                 break
             self.layers |= written
-        if training and not _are_equal(leaves, again):
-            return "the outputs differ by chance from run to run"
+        self.is_random = self.is_random or (training and not _are_equal(leaves, again))
         return leaves
 
 
 def _why_not(looks: Sequence[_Look], form: OutputForm) -> str | None:
     """Return why outputs of that form cannot be learned from, or None."""
     outputs = [look.outputs(training=form.training) for look in looks]
+    if form.training and not form.modes_agree and any(look.is_random for look in looks):
+        return "the outputs differ from run to run"
     for found in outputs:
         if isinstance(found, str):
             return found
@@ -176,8 +184,10 @@ def _layers_of(network: nn.Module, further: frozenset[str]) -> list[nn.Module]:
     ]
 
 
-def _link(in_use: Sequence[Tensor], in_training: Sequence[Tensor]) -> int | None:
+def _link(in_use: Sequence[Tensor] | str, in_training: Sequence[Tensor] | str) -> int | None:
     """Return which output of train mode the first one of eval mode is made from, or None."""
+    if isinstance(in_use, str) or isinstance(in_training, str):
+        return None
     for index, leaf in enumerate(in_training):
         if in_use and leaf.shape == in_use[0].shape and leaf.dim() > 1:
             for link in _LINKS:
@@ -191,6 +201,15 @@ def _are_equal(some: Sequence[Tensor] | str, others: Sequence[Tensor] | str) -> 
         return False
     pairs = zip(some, others, strict=True)
     return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True) for a, b in pairs)
+
+
+def _are_alike(some: Sequence[Tensor] | str, others: Sequence[Tensor] | str) -> bool:
+    """Whether two outputs may be of one form, as far as it can be told where one of them is random."""
+    if isinstance(some, str) or isinstance(others, str):
+        return False
+    sizes = [[leaf.shape for leaf in leaves] for leaves in (some, others)]
+    ranges = [[bool(((leaf >= 0) & (leaf <= 1)).all()) for leaf in leaves] for leaves in (some, others)]
+    return sizes[0] == sizes[1] and ranges[0] == ranges[1]
 
 
 def _are_distributions(leaves: Sequence[Tensor] | str, index: int) -> bool:
