@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, SupportsInt
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,14 +41,18 @@ class ConvSpec:
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> ConvSpec:
-        """Read the geometry off a convolution, or off an op, which has the same attributes."""
+        """Read the geometry off a convolution, or off an op, which has the same attributes.
+
+        Raises:
+            ValueError, TypeError, IndexError: if an attribute is no number and no pair of them.
+        """
         return cls(
             in_channels=int(conv.in_channels),
             out_channels=int(conv.out_channels),
-            kernel_size=_pair(conv.kernel_size),
-            stride=_pair(conv.stride),
-            padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
-            dilation=_pair(conv.dilation),
+            kernel_size=as_pair(conv.kernel_size),
+            stride=as_pair(conv.stride),
+            padding=conv.padding if isinstance(conv.padding, str) else as_pair(conv.padding),
+            dilation=as_pair(conv.dilation),
             groups=int(conv.groups),
             bias=conv.bias is not None,
             padding_mode=conv.padding_mode,
@@ -68,9 +72,9 @@ class ConvSpec:
             in_channels=in_channels,
             out_channels=out_channels,
             kernel_size=kernel_size,
-            stride=_pair(arguments.get("stride", 1)),
-            padding=padding if isinstance(padding, str) else _pair(padding),
-            dilation=_pair(arguments.get("dilation", 1)),
+            stride=as_pair(arguments.get("stride", 1)),
+            padding=padding if isinstance(padding, str) else as_pair(padding),
+            dilation=as_pair(arguments.get("dilation", 1)),
             groups=int(arguments.get("groups", 1)),
             bias=arguments.get("bias") is not None,
         )
@@ -175,10 +179,18 @@ class ConvSpec:
         return ", ".join(parts)
 
 
-def _pair(value: Any) -> Pair:
-    if type(value) is not tuple and isinstance(value, SupportsInt):  # numpy's integers, too
+def as_pair(value: Any) -> Pair:
+    """Return a length per axis as a pair, from whatever form of it torch takes.
+
+    >>> as_pair(2), as_pair([2, 1]), as_pair([2])
+    ((2, 2), (2, 1), (2, 2))
+    """
+    if not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:  # numpy's integers and torch's, too
         return int(value), int(value)
-    return int(value[0]), int(value[-1])  # torch takes a list of one, too
+    lengths = [int(length) for length in value]
+    if len(lengths) not in (1, 2):
+        raise ValueError(f"expected a number or a pair of them, got {value!r}")
+    return lengths[0], lengths[-1]
 
 
 def _by(pair: Pair) -> str:

@@ -100,6 +100,11 @@ def assert_same_state(one: nn.Module, other: nn.Module) -> None:
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0, msg=name)
 
 
+def weights_of(state: dict[str, torch.Tensor]) -> storage._weights.Weights:
+    """Return weights as they are read from a file that holds nothing else."""
+    return storage._weights.Weights(Path("w.pt"), (storage._state_dicts.Entry("", state),))
+
+
 # names
 
 
@@ -331,9 +336,9 @@ def test_the_number_of_classes_is_inferred(mynet, source, classes):
 def test_the_number_of_classes_is_inferred_where_heads_have_multiples_of_it():
     model = storage.load("torchvision:ssdlite320_mobilenet_v3_large", model_args={"num_classes": 5})
     architecture = storage._architectures.parse_name("torchvision:ssdlite320_mobilenet_v3_large")
-    loaded, used = storage._weights.build_with(architecture, {}, dict(model.state_dict()), where=Path("w.pt"))
-    assert used == {"num_classes": 5}
-    assert_same_state(loaded, model)
+    built = storage._building.build_with(architecture, {}, weights_of(dict(model.state_dict())))
+    assert built.args == {"num_classes": 5}
+    assert_same_state(built.model, model)
 
 
 def test_given_classes_are_not_overruled(mynet):
@@ -367,8 +372,7 @@ def test_old_files_of_torchvision_fit():
         if not key.endswith("num_batches_tracked")
     }
     assert any(".norm.1." in key for key in old)
-    loaded, _ = storage._weights.build_with(architecture, {}, old, where=Path("w.pt"))
-    assert_same_state(loaded, net)
+    assert_same_state(storage._building.build_with(architecture, {}, weights_of(old)).model, net)
 
 
 def test_weights_that_are_none(mynet):

@@ -17,6 +17,17 @@ Weights = Annotated[
     str | None,
     typer.Option(metavar="FILE|DEFAULT", help="Weights for a named architecture; without, they are random."),
 ]
+WeightsKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        help="Which entry of a checkpoint to take: state_dict, or callbacks.EMA.state where it is nested.",
+    ),
+]
+WeightsPrefix = Annotated[
+    str | None,
+    typer.Option(metavar="PREFIX", help="What stands before the network's own names in the weights, such as model."),
+]
 ModelArg = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=VALUE", help="Argument for the architecture: num_classes=10. Repeatable."),

@@ -20,6 +20,8 @@ def load_model(
     source: str,
     *,
     weights: str | None = None,
+    weights_key: str | None = None,
+    weights_prefix: str | None = None,
     model_arg: list[str] | None = None,
     trust: bool = False,
     trust_module: list[str] | None = None,
@@ -34,6 +36,8 @@ def load_model(
     return load(
         source,
         weights=weights,
+        weights_key=weights_key,
+        weights_prefix=weights_prefix,
         model_args=parse_model_args(model_arg or []),
         trust=trust,
         trust_modules=trust_module or [],

@@ -67,6 +67,8 @@ def run(
     threads: arguments.Threads = None,
     input_shape: arguments.InputShape = None,
     weights: arguments.Weights = None,
+    weights_key: arguments.WeightsKey = None,
+    weights_prefix: arguments.WeightsPrefix = None,
     model_arg: arguments.ModelArg = None,
     trust: arguments.Trust = False,
     trust_module: arguments.TrustModule = None,
@@ -94,7 +96,10 @@ def run(
     set_threads(threads)
     ready = read_plan(plan) if plan is not None else None
     check_ops(to, pointwise)
-    network = load_model(model, weights=weights, model_arg=model_arg, trust=trust, trust_module=trust_module)
+    network = load_model(
+        model, weights=weights, weights_key=weights_key, weights_prefix=weights_prefix, model_arg=model_arg,
+        trust=trust, trust_module=trust_module,
+    )  # fmt: skip
     images = calibration.load(network, source=model) if calibrate is not None else None
     if images is not None:
         calibration.refuse(network, images)

@@ -70,6 +70,8 @@ def run(
         typer.Option(metavar="RUN", help="Go on with the run in this folder; nothing else is needed."),
     ] = None,
     weights: arguments.Weights = None,
+    weights_key: arguments.WeightsKey = None,
+    weights_prefix: arguments.WeightsPrefix = None,
     model_arg: arguments.ModelArg = None,
     trust: arguments.Trust = False,
     trust_module: arguments.TrustModule = None,
@@ -116,7 +118,7 @@ _SAID = (
     "std", "color", "crop", "interpolation", "val_fraction", "method", "method_option", "objective", "objective_option",
     "epochs", "batch_size",
     "optimizer", "learning_rate", "weight_decay", "seed", "augment", "device", "precision", "threads",
-    "limit_batches", "tensorboard", "weights", "model_arg", "trust", "trust_module",
+    "limit_batches", "tensorboard", "weights", "weights_key", "weights_prefix", "model_arg", "trust", "trust_module",
 )  # fmt: skip
 
 
@@ -177,7 +179,8 @@ class _Prepared:
         methods.get(said["method"])
         torch.manual_seed(said["seed"])  # random weights are the same when the run is resumed
         trust = {"trust": said["trust"], "trust_module": said["trust_module"]}
-        self.teacher = load_model(said["teacher"], weights=said["weights"], model_arg=said["model_arg"], **trust)
+        weights = {key: said[key] for key in ("weights", "weights_key", "weights_prefix", "model_arg")}
+        self.teacher = load_model(said["teacher"], **weights, **trust)
         self.student = self._student(trusted(said["teacher"], said["trust_module"]))
         self.splits = load_splits(
             said["data"],

@@ -31,6 +31,8 @@ def run(
     limit_batches: arguments.LimitBatches = None,
     threads: arguments.Threads = None,
     weights: arguments.Weights = None,
+    weights_key: arguments.WeightsKey = None,
+    weights_prefix: arguments.WeightsPrefix = None,
     teacher_weights: Annotated[str | None, typer.Option(metavar="FILE|DEFAULT", help="Weights of the teacher.")] = None,
     model_arg: arguments.ModelArg = None,
     trust: arguments.Trust = False,
@@ -47,12 +49,13 @@ def run(
         raise OptionError("--teacher-weights are for the --teacher; say which one it is")
     admitted = trusted(teacher or "", trusted(model, trust_module))
     args = args_for(model, model_arg, other=teacher)
-    network, record = _open(model, weights, args, trust=trust, admitted=admitted)
+    where = {"weights_key": weights_key, "weights_prefix": weights_prefix}
+    network, record = _open(model, weights, args, where=where, trust=trust, admitted=admitted)
     records = {model: record}
     lead = None
     if teacher is not None:
         args = args_for(teacher, model_arg, other=model)
-        lead, records[teacher] = _open(teacher, teacher_weights, args, trust=trust, admitted=admitted)
+        lead, records[teacher] = _open(teacher, teacher_weights, args, where={}, trust=trust, admitted=admitted)
     flags = PreprocessingFlags(size, mean, std, color, crop, interpolation)
     splits = load_splits(data, flags, records, root=data_root)
     classes = record.get("classes")
@@ -79,13 +82,19 @@ def run(
 
 
 def _open(
-    source: str, weights: str | None, model_arg: list[str] | None, *, trust: bool, admitted: list[str]
+    source: str,
+    weights: str | None,
+    model_arg: list[str] | None,
+    *,
+    where: dict[str, str | None],
+    trust: bool,
+    admitted: list[str],
 ) -> tuple[Any, Any]:
     """Return something to evaluate, and what it remembers of itself, as plain data."""
     if source.endswith(".onnx"):
         from convsurgeon.delivery import read_metadata, session
 
-        if weights is not None or model_arg:
+        if weights is not None or model_arg or any(value is not None for value in where.values()):
             raise OptionError(f"--weights and --model-arg go with an architecture, not with the ONNX file {source}")
         opened = session(source)
         metadata = read_metadata(opened)
@@ -97,7 +106,7 @@ def _open(
     from convsurgeon.cli._models import load_model
     from convsurgeon.record import read_record
 
-    network = load_model(source, weights=weights, model_arg=model_arg, trust=trust, trust_module=admitted)
+    network = load_model(source, weights=weights, **where, model_arg=model_arg, trust=trust, trust_module=admitted)
     return network, read_record(network)
 
 

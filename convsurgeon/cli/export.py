@@ -39,6 +39,8 @@ def run(
     interpolation: arguments.Interpolation = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Time with 1 and with so many threads.")] = None,
     weights: arguments.Weights = None,
+    weights_key: arguments.WeightsKey = None,
+    weights_prefix: arguments.WeightsPrefix = None,
     teacher_weights: Annotated[str | None, typer.Option(metavar="FILE|DEFAULT", help="Weights of the teacher.")] = None,
     model_arg: arguments.ModelArg = None,
     trust: arguments.Trust = False,
@@ -61,7 +63,8 @@ def run(
     path = refuse_to_overwrite(output or Path(f"{file_stem(student)}.onnx"), force=force)
     trusting: dict[str, Any] = {"trust": trust, "trust_module": trusted(teacher or "", trusted(student, trust_module))}
     args = args_for(student, model_arg, other=teacher)
-    network = load_model(student, weights=weights, model_arg=args, **trusting)
+    chosen: dict[str, Any] = {"weights": weights, "weights_key": weights_key, "weights_prefix": weights_prefix}
+    network = load_model(student, model_arg=args, **chosen, **trusting)
     lead = None
     if teacher is not None:
         args = args_for(teacher, model_arg, other=student)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 def run(
     model: arguments.Model,
     weights: arguments.Weights = None,
+    weights_key: arguments.WeightsKey = None,
+    weights_prefix: arguments.WeightsPrefix = None,
     model_arg: arguments.ModelArg = None,
     input_shape: arguments.InputShape = None,
     trust: arguments.Trust = False,
@@ -27,7 +29,10 @@ def run(
     from convsurgeon.cli._models import example_for, load_model
     from convsurgeon.surgery import survey
 
-    network = load_model(model, weights=weights, model_arg=model_arg, trust=trust, trust_module=trust_module)
+    network = load_model(
+        model, weights=weights, weights_key=weights_key, weights_prefix=weights_prefix, model_arg=model_arg,
+        trust=trust, trust_module=trust_module,
+    )  # fmt: skip
     found = survey(network, example_inputs=example_for(network, input_shape))
     rows = [_row(site, found) for site in found.sites]
     if json:

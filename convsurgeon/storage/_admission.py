@@ -150,8 +150,16 @@ def refusal(path: Path, names: Sequence[str]) -> UntrustedFileError:
         return UntrustedFileError(
             f"{path} would use {shown}, which can run any code; nothing was run. Only if you know who made it: --trust"
         )
-    flags = " ".join(f"--trust-module {prefix}" for prefix in _common_prefixes(names))
-    return UntrustedFileError(f"{path} holds {shown}, not yet allowed; if you trust that code: {flags}, or --trust")
+    return UntrustedFileError(
+        f"{path} holds {shown}, not yet allowed; if you trust that code: {name_flags(names)}, or --trust"
+    )
+
+
+def name_flags(names: Sequence[str]) -> str:
+    """Return the narrowest flag that admits all of these names."""
+    if not all(map(_may_be_module_class, names)):
+        return "--trust"
+    return " ".join(f"--trust-module {prefix}" for prefix in _common_prefixes(names))
 
 
 def _may_be_module_class(name: str) -> bool:

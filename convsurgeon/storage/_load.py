@@ -15,12 +15,14 @@ from convsurgeon.progress import Progress, Report, be_silent
 from convsurgeon.record import read_record, update_record
 from convsurgeon.storage._admission import refusal
 from convsurgeon.storage._architectures import Architecture, parse_name
+from convsurgeon.storage._building import build_with
 from convsurgeon.storage._kinds import Kind, identify
 from convsurgeon.storage._model_args import refuse_fetching
 from convsurgeon.storage._pickles import read_safely, read_trusted
 from convsurgeon.storage._programs import read_program
 from convsurgeon.storage._students import read_student
-from convsurgeon.storage._weights import build_with, describe, find_state_dict, only_weights, read_weights
+from convsurgeon.storage._weights import read_weights
+from convsurgeon.storage._whole_modules import choose_module
 
 DEFAULT = "DEFAULT"
 
@@ -31,6 +33,8 @@ def load(
     weights: str | Path | None = None,
     trust: bool = False,
     trust_modules: Sequence[str] = (),
+    weights_key: str | None = None,
+    weights_prefix: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     report: Report = be_silent,
 ) -> nn.Module:
@@ -39,6 +43,10 @@ def load(
     A file that exists wins over the reading as a name. A pickled module keeps its mode, and an exported
     program that of its export; a network built from a name is as its library builds it.
 
+    Of a checkpoint that has several sets of weights, those are taken that the library which writes such
+    files would take, the average before the raw ones, and `report` is told so. A state dict may lie under a
+    prefix, such as `model.`, beside entries of losses, metrics or a second network.
+
     Args:
         source: `torchvision:NAME`, `timm:NAME`, `package.module:factory`, a pickled module, an
             exported program (`.pt2`), or a student that `save` wrote.
@@ -46,6 +54,8 @@ def load(
             they are random, and `report` is told so.
         trust: run whatever code a file brings.
         trust_modules: modules, with all below them, whose `nn.Module` classes a file may use.
+        weights_key: which entry of a checkpoint to take, dotted where it is nested (`"callbacks.EMA.state"`).
+        weights_prefix: what stands before the network's own names in the weights (`"model."`).
         model_args: what the architecture is built with, such as `{"num_classes": 10}`.
 
     Raises:
@@ -61,12 +71,17 @@ def load(
     architecture = None if isinstance(source, Path) or os.path.exists(source) else parse_name(source)
     if architecture is not None:
         args = dict(model_args or {})
-        return _load_name(architecture, weights, args=args, trust=trust, trust_modules=trust_modules, report=report)
+        return _load_name(
+            architecture, weights, args=args, key=weights_key, prefix=weights_prefix,
+            trust=trust, trust_modules=trust_modules, report=report,
+        )  # fmt: skip
     path = Path(source)
-    if weights is not None or model_args:
-        what = "--weights" if weights is not None else "--model-arg"
-        raise OptionError(f"{what} goes with an architecture such as torchvision:resnet18, not with the file {path}")
-    return _load_file(path, trust=trust, trust_modules=trust_modules, report=report)
+    given = {"--weights": weights, "--model-arg": model_args or None, "--weights-prefix": weights_prefix}
+    if misplaced := [flag for flag, value in given.items() if value is not None]:
+        raise OptionError(
+            f"{misplaced[0]} goes with an architecture such as torchvision:resnet18, not with the file {path}"
+        )
+    return _load_file(path, key=weights_key, trust=trust, trust_modules=trust_modules, report=report)
 
 
 def _load_name(
@@ -74,11 +89,16 @@ def _load_name(
     weights: str | Path | None,
     *,
     args: dict[str, Any],
+    key: str | None,
+    prefix: str | None,
     trust: bool,
     trust_modules: Sequence[str],
     report: Report,
 ) -> nn.Module:
     source = architecture.source
+    if weights in (None, DEFAULT) and (key is not None or prefix is not None):
+        flag = "--weights-key" if key is not None else "--weights-prefix"
+        raise OptionError(f"{flag} is about a file of weights; give one: --weights FILE")
     if weights is None:
         model = architecture.build(args)
         report(Progress("load", message=f"{source} has random weights: no --weights was given"))
@@ -88,11 +108,14 @@ def _load_name(
         model = architecture.build(args, pretrained=True)
     else:
         path = Path(weights)
-        state = read_weights(path, trust=trust, trust_modules=trust_modules)
-        model, used = build_with(architecture, args, state, where=path)
-        if used != args:
-            report(Progress("load", message=f"{source} was built with the {used['num_classes']} classes of {path}"))
-        args = used
+        found = read_weights(path, trust=trust, trust_modules=trust_modules, key=key)
+        built = build_with(architecture, args, found, prefix=prefix)
+        remarks = list(built.remarks)
+        if built.args != args:
+            remarks.append(f"{source} was built with the {built.args['num_classes']} classes of {path}")
+        for remark in remarks:
+            report(Progress("load", message=remark))
+        model, args = built.model, built.args
     update_record(model, source=_as_record(source, args), **architecture.input_facts(model, args))
     return model
 
@@ -105,8 +128,10 @@ def _as_record(source: str, args: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
 
 
-def _load_file(path: Path, *, trust: bool, trust_modules: Sequence[str], report: Report) -> nn.Module:
+def _load_file(path: Path, *, key: str | None, trust: bool, trust_modules: Sequence[str], report: Report) -> nn.Module:
     kind = identify(path)
+    if key is not None and kind in (Kind.PROGRAM, Kind.SAFETENSORS):
+        raise OptionError(f"--weights-key is about a checkpoint that holds several networks; {path} is {kind.value}")
     if kind is Kind.PROGRAM:
         return read_program(path, trust=trust, report=report)
     if kind is Kind.SAFETENSORS:
@@ -116,12 +141,12 @@ def _load_file(path: Path, *, trust: bool, trust_modules: Sequence[str], report:
         found = read_trusted(path)
     else:
         found, refused = read_safely(path, kind, trust_modules=trust_modules)
-    if find_state_dict(found, modules=False) is not None:
-        raise only_weights(path)
+    if not isinstance(found, nn.Module) or key is not None:
+        whole = choose_module(path, found, refused, key=key)
+        report(Progress("load", message=whole.remark))
+        found = whole.module
     if refused:
         raise refusal(path, refused)
-    if not isinstance(found, nn.Module):
-        raise ModelError(f"{path} holds {describe(found)}, not an nn.Module; save the model itself with torch.save")
     if "source" not in _checked_record(path, found):
         update_record(found, source={"file": path.name})
     return found

@@ -17,12 +17,13 @@ from convsurgeon.record import read_record, update_record
 from convsurgeon.storage._admission import is_under
 from convsurgeon.storage._architectures import FactoryArchitecture, parse_name
 from convsurgeon.storage._budget import Budget, refuse_absurd
+from convsurgeon.storage._fitting import load_strictly
 from convsurgeon.storage._layout import describe_layout, restore_layout, share_modules
 from convsurgeon.storage._model_args import refuse_fetching
 from convsurgeon.storage._safetensors import read_safetensors, write_safetensors
 from convsurgeon.storage._texts import printable
 from convsurgeon.storage._trees import check_record
-from convsurgeon.storage._weights import load_strictly, only_weights
+from convsurgeon.storage._weights import only_weights
 from convsurgeon.surgery import Plan, rebuild
 
 _FORMAT, _VERSION = "convsurgeon-student", "2"
@@ -125,7 +126,7 @@ def read_student(path: Path, *, trust: bool, trust_modules: Sequence[str]) -> nn
         if "plan" in header.record:
             model = _carry_out(path, model, header.record["plan"])
     _take_dtypes(model, tensors)
-    load_strictly(model, tensors, where=path)
+    load_strictly(model, tensors, where=str(path))
     if header.layout is not None:
         restore_layout(path, model, header.layout)
     for parameter_name, parameter in model.named_parameters():

@@ -1,40 +1,94 @@
-"""Weights into an architecture: find the state dict, infer the number of classes, load strictly."""
+"""The weights in a file: which there are, and which its library would take."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from convsurgeon.errors import ConvSurgeonError, ModelError, WeightsError, one_line
-from convsurgeon.storage._admission import refusal
-from convsurgeon.storage._architectures import Architecture
+from convsurgeon.errors import ModelError, WeightsError
+from convsurgeon.storage._admission import name_flags, refusal
 from convsurgeon.storage._kinds import Kind, identify
 from convsurgeon.storage._pickles import read_safely, read_trusted
 from convsurgeon.storage._programs import read_program
 from convsurgeon.storage._safetensors import read_safetensors
+from convsurgeon.storage._state_dicts import Entry, choose_entry, list_entries
 from convsurgeon.storage._texts import printable
 
-_NESTED_UNDER = ("state_dict", "model", "model_state_dict", "ema")
-_WRAPPERS = ("module.", "_orig_mod.")
-_OLD_DENSENET = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)")
 
-StateDict = dict[str, Tensor]
+@dataclass(frozen=True)
+class Weights:
+    """What a file has to offer: places with weights in the order of preference, and those that were not read.
+
+    Args:
+        others: keys of places that are not tried, since a name there says nothing.
+        key: what the user chose, if anything.
+    """
+
+    path: Path
+    entries: tuple[Entry, ...]
+    unread: tuple[Entry, ...] = ()
+    refused: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    key: str | None = None
+
+    def where(self, entry: Entry) -> str:
+        """Return the file's name, with the place in it where there are several."""
+        alone = len(self.entries) + len(self.unread) + len(self.others) == 1
+        return str(self.path) if alone or not entry.key else f"{self.path} ({printable(entry.key)})"
+
+    def say_taken(self, taken: Entry, misfit: str | None) -> str | None:
+        """Say which of several was taken, and how to take another; None where there was no choice."""
+        rest = [entry for entry in (*self.entries, *self.unread) if entry is not taken]
+        if not rest or self.key is not None:
+            return None
+        return say_choice(self.path, taken, rest, because=misfit or self._why_unread())
+
+    def _why_unread(self) -> str | None:
+        if not self.unread:
+            return None
+        return f"{self.unread[0].key} is of a class not yet allowed: {name_flags(self.refused)}"
 
 
-def read_weights(path: Path, *, trust: bool, trust_modules: Sequence[str]) -> StateDict:
-    """Read the state dict out of a file, however it is nested; that of a pickled module or exported program counts too.
+def read_weights(path: Path, *, trust: bool, trust_modules: Sequence[str], key: str | None = None) -> Weights:
+    """Find the weights in a file, however they are nested; those of a whole module or exported program count too.
+
+    Args:
+        key: where they are, if the user says it.
 
     Raises:
         UntrustedFileError: for a pickled module whose class nobody has allowed.
         WeightsError: if there is no state dict in it.
+        OptionError: if there is none under `key`.
         ModelError: if it is no file of that kind.
     """
+    found, refused = _read(path, trust=trust, trust_modules=trust_modules)
+    entries = list_entries(found) if key is None else choose_entry(path, found, key)
+    # what refused objects have become is of no use, and neither is a module that may hold one
+    unread = [entry for entry in entries if entry.is_unread or (refused and isinstance(entry.value, nn.Module))]
+    readable = [entry for entry in entries if entry not in unread]
+    known = [entry for entry in readable if entry.is_known]
+    if refused and not (known or (readable and not any(entry.is_known for entry in unread))):
+        raise refusal(path, refused)
+    if not readable:
+        raise WeightsError(
+            f"{path} holds {describe(found)}, and no state dict; save model.state_dict() with torch.save"
+        )
+    others = [entry.key for entry in readable if known and entry not in known]
+    return Weights(
+        path,
+        entries=tuple(known or readable),
+        unread=tuple(entry for entry in unread if entry.is_known),
+        refused=tuple(refused),
+        others=tuple(others),
+        key=key,
+    )
+
+
+def _read(path: Path, *, trust: bool, trust_modules: Sequence[str]) -> tuple[Any, list[str]]:
     kind = identify(path)
     if kind is Kind.SAFETENSORS:
         tensors, metadata = read_safetensors(path)
@@ -42,167 +96,28 @@ def read_weights(path: Path, *, trust: bool, trust_modules: Sequence[str]) -> St
             raise WeightsError(
                 f"{path} is a whole student, not only weights; give it by itself: convsurgeon ... {path}"
             )
-        return tensors
+        return tensors, []
     if kind is Kind.PROGRAM:
-        return dict(read_program(path, trust=trust).state_dict())
-    refused: list[str] = []
-    if trust:
-        found = read_trusted(path)
-    else:
-        found, refused = read_safely(path, kind, trust_modules=trust_modules)
-    state = find_state_dict(found, modules=not refused)
-    if state is None and refused:
-        raise refusal(path, refused)
-    if state is None:
-        raise WeightsError(
-            f"{path} holds {describe(found)}, and no state dict under {', '.join(_NESTED_UNDER)}; "
-            "save model.state_dict() with torch.save"
-        )
-    if empty := next((name for name, value in state.items() if value.is_meta), None):
-        raise WeightsError(f"{path} holds no numbers for {printable(empty)}, which is on the meta device")
-    return state
-
-
-def find_state_dict(found: Any, *, modules: bool = True, depth: int = 2) -> StateDict | None:
-    """Return the state dict in what a file held, up to `depth` levels down, or None."""
-    if modules and isinstance(found, nn.Module):
-        found = found.state_dict()
-    if not isinstance(found, Mapping) or not found:
-        return None
-    if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
-        return dict(found)
-    if depth == 0:
-        return None
-    nested = (find_state_dict(found.get(key), modules=modules, depth=depth - 1) for key in _NESTED_UNDER)
-    return next((state for state in nested if state is not None), None)
+        return dict(read_program(path, trust=trust).state_dict()), []
+    return (read_trusted(path), []) if trust else read_safely(path, kind, trust_modules=trust_modules)
 
 
 def describe(found: Any) -> str:
     """Say what a file held: its type, and a dict's keys."""
     if isinstance(found, Mapping):
-        keys = ", ".join(printable(str(key)[:40]) for key in list(found)[:5])
+        keys = ", ".join(printable(str(key)[:40]) for key in list(found)[:5] if isinstance(key, str | int))
         return f"a {type(found).__name__} with the keys {keys}" if keys else f"an empty {type(found).__name__}"
     return f"a {type(found).__name__}"
 
 
-def build_with(
-    architecture: Architecture, args: Mapping[str, Any], state: StateDict, *, where: Path
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the network, with as many classes as the weights have, and load them strictly.
-
-    Returns the network and the arguments it was built with.
-
-    Raises:
-        WeightsError: counting and naming the entries that do not fit.
-    """
-    used = dict(args)
-    model = architecture.build(used)
-    gaps, state = _compare(model, state)
-    if gaps.only_sizes and "num_classes" not in used and architecture.takes_num_classes():
-        for count in _guess_classes(gaps, architecture.count_classes(model)):
-            try:
-                candidate = architecture.build({**used, "num_classes": count})
-            except ConvSurgeonError:  # a guess that this network cannot take
-                continue
-            if not _compare(candidate, state)[0]:
-                model, used, gaps = candidate, {**used, "num_classes": count}, Gaps()
-                break
-    if gaps:
-        raise WeightsError(f"{where} does not fit {architecture.source}: {gaps}")
-    load_strictly(model, state, where=where)
-    return model, used
-
-
-def load_strictly(model: nn.Module, state: StateDict, *, where: Path) -> None:
-    """Copy every tensor into the model, whose names and sizes must be the same.
-
-    Raises:
-        WeightsError: counting and naming the entries that do not fit.
-    """
-    gaps, state = _compare(model, state)
-    if gaps:
-        raise WeightsError(f"{where} does not fit {type(model).__name__}: {gaps}")
-    try:
-        model.load_state_dict(state, strict=True)
-    except Exception as error:  # a module's own hooks
-        raise WeightsError(f"{where} does not fit {type(model).__name__}: {printable(one_line(error))}") from error
-
-
-@dataclass(frozen=True)
-class Gaps:
-    """How a state dict differs from the one that a model has; false if it does not."""
-
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    resized: tuple[tuple[str, torch.Size, torch.Size], ...] = ()
-    """Name, size in the file, size in the model."""
-
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.resized)
-
-    @property
-    def only_sizes(self) -> bool:
-        """Whether all names agree, and only the first axis of some tensors does not."""
-        return (
-            bool(self.resized)
-            and not (self.missing or self.unexpected)
-            and all(len(file) == len(model) > 0 and file[1:] == model[1:] for _, file, model in self.resized)
-        )
-
-    def __str__(self) -> str:
-        sizes = [
-            f"{name}: {_size(file)} in the file, {_size(model)} in the model" for name, file, model in self.resized
-        ]
-        parts = {"missing": self.missing, "unexpected": self.unexpected, "of another size": sizes}
-        return ", ".join(
-            f"{len(names)} {what} ({', '.join(map(printable, names[:3]))}{', ...' if len(names) > 3 else ''})"
-            for what, names in parts.items()
-            if names
-        )
-
-
-def _compare(model: nn.Module, state: StateDict) -> tuple[Gaps, StateDict]:
-    """Return what does not fit, and the state dict under the names it has in the model.
-
-    Wrappers' prefixes go, and so do the names of densenets and the missing batch counters in
-    files from before 2018, which torchvision's own files still have.
-    """
-    own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    state = _renamed(_unwrapped(state, own), own)
-    state |= {key: own[key] for key in own.keys() - state.keys() if key.endswith("num_batches_tracked")}
-    return Gaps(
-        missing=tuple(key for key in own if key not in state),
-        unexpected=tuple(key for key in state if key not in own),
-        resized=tuple(
-            (key, state[key].shape, own[key].shape)
-            for key in own
-            if key in state and state[key].shape != own[key].shape
-        ),
-    ), state
-
-
-def _unwrapped(state: StateDict, own: Mapping[str, Tensor]) -> StateDict:
-    for prefix in _WRAPPERS * 2:
-        if all(key.startswith(prefix) for key in state) and not all(key.startswith(prefix) for key in own):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
-
-
-def _renamed(state: StateDict, own: Mapping[str, Tensor]) -> StateDict:
-    names = {key: _OLD_DENSENET.sub(r"\1\2", key) for key in state if key not in own}
-    return {names[key] if names.get(key) in own else key: value for key, value in state.items()}
-
-
-def _guess_classes(gaps: Gaps, default: int | None) -> Iterator[int]:
-    """Yield likely numbers of classes, at most four: heads have one output per class, or a multiple."""
-    guesses = [file[0] for _, file, _ in gaps.resized]
-    if default:
-        guesses += [file[0] * default // model[0] for _, file, model in gaps.resized if model[0]]
-    yield from [guess for guess in dict.fromkeys(sorted(guesses)) if guess > 0][:4]
-
-
-def _size(shape: torch.Size) -> str:
-    return "x".join(str(length) for length in shape) or "scalar"
+def say_choice(path: Path, taken: Entry, rest: Sequence[Entry], *, because: str | None = None) -> str:
+    """Say that a file holds several networks, which was taken, and what takes the others."""
+    keys = [printable(entry.key) for entry in sorted([taken, *rest], key=lambda entry: entry.rank)]
+    line = f"{path} holds {', '.join(keys[:-1])} and {keys[-1]}; {printable(taken.key)} was loaded"
+    if because:
+        return f"{line}, since {because}"
+    what = "the other" if len(rest) == 1 else "another"
+    return f"{line}; --weights-key {printable(rest[0].key)} takes {what}"
 
 
 def only_weights(path: Path) -> ModelError:

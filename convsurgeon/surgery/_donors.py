@@ -18,10 +18,12 @@ from torch.nn.utils import parametrize
 
 from convsurgeon.errors import SurveyError, one_line
 from convsurgeon.ops import AbstractCheapConv, SamePadding
-from convsurgeon.spec import ConvSpec
+from convsurgeon.spec import ConvSpec, as_pair
 from convsurgeon.surgery._calls import CONVOLUTIONS, NOT_UNDERSTOOD, Call, Recorder, Watch, spec_of
 from convsurgeon.surgery._copies import call, copy_module, in_mode
 from convsurgeon.surgery._weights import WEIGHT_WRITERS, describe_kernel, describe_writers, type_name
+
+_GEOMETRY = ("kernel_size", "stride", "dilation", "groups", "in_channels", "out_channels")
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,24 @@ def find_donor(module: nn.Module) -> Donor | str:
         return "it is lazy and has no weights yet; run the model once first"
     if any(tensor.is_complex() for tensor in module.parameters()):
         return "its weight is complex"
+    spec = stated_geometry(module)
+    if spec is None:
+        stated = ", ".join(f"{field}={getattr(module, field, None)!r}" for field in _GEOMETRY)
+        return f"its geometry cannot be read: {' '.join(stated.split())}; give whole numbers or pairs of them"
     if is_plain(module):
-        return _ill_formed(module) or Donor(module, ConvSpec.from_conv(module))
+        return _ill_formed(module, spec) or Donor(module, spec)
     try:
-        return _probe(module)
+        return _probe(module, spec)
     except _Refusal as refusal:
         return str(refusal)
+
+
+def stated_geometry(module: nn.Conv2d) -> ConvSpec | None:
+    """Return what a convolution's attributes say of it, in one form, or None if they say nothing that torch takes."""
+    try:
+        return ConvSpec.from_conv(module)
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return None
 
 
 def has_op_for_kernel(module: nn.Module) -> bool:
@@ -72,9 +86,9 @@ def has_op_for_kernel(module: nn.Module) -> bool:
     return "weight" in module._modules and isinstance(module._modules["weight"], AbstractCheapConv)
 
 
-def _ill_formed(module: nn.Conv2d) -> str | None:
+def _ill_formed(module: nn.Conv2d, spec: ConvSpec) -> str | None:
     """Return what is wrong with the weight of a plain convolution, as after pruning by hand, or None."""
-    spec, weight = ConvSpec.from_conv(module), module._parameters["weight"]
+    weight = module._parameters["weight"]
     if weight is None:
         return "it has no weight"
     if not weight.is_floating_point():
@@ -98,7 +112,7 @@ class _Refusal(Exception):  # noqa: N818  it says no, it is no failure
     """Why a module is no plain convolution."""
 
 
-def _probe(module: nn.Conv2d) -> Donor:
+def _probe(module: nn.Conv2d, stated: ConvSpec) -> Donor:
     how = describe_writers(module)
     what = f"{type_name(module)} is a subclass of Conv2d that"
     if type(module) is nn.Conv2d or parametrize.is_parametrized(module) or how:
@@ -107,7 +121,7 @@ def _probe(module: nn.Conv2d) -> Donor:
         what = "its forward was replaced by one that"
     copied = _bare_copy(module)
     before = {name: tensor.detach().clone() for name, tensor in copied.named_parameters()}
-    runs = [(x, *_run(in_mode(copied, training=False), x, what)) for x in _images(module)]
+    runs = [(x, *_run(in_mode(copied, training=False), x, what)) for x in _images(module, stated)]
     weight = runs[0][1].arguments["weight"]
     bias = runs[0][1].arguments.get("bias")
     if any(not _same(made.arguments["weight"], weight) for _, made, _ in runs):
@@ -129,9 +143,9 @@ def _probe(module: nn.Conv2d) -> Donor:
             raise _Refusal(f"{what} does more than one convolution with a kernel that it computes")
         return _inside(module, copied, [*runs, train_run], what)
     spec = _spec(runs[0][1], padding)
-    for name in ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups"):
-        if getattr(spec, name) != getattr(module, name):
-            raise _Refusal(f"{what} computes with {name}={getattr(spec, name)}, and says {getattr(module, name)}")
+    for name in _GEOMETRY:
+        if getattr(spec, name) != getattr(stated, name):
+            raise _Refusal(f"{what} computes with {name}={getattr(spec, name)}, and says {getattr(stated, name)}")
     if not direct and not how:
         how = f"started from {describe_kernel(weight, copied)}"
     notes = [note for note in (how, "pads as TensorFlow does" if spec.pads_by_size else None) if note]
@@ -204,7 +218,7 @@ def _padding(module: nn.Conv2d, runs: Sequence[tuple[Tensor, Call, Tensor]]) -> 
 
     if explains(lambda x: x):
         return of_call, "zeros"
-    if of_call not in (0, (0, 0), [0, 0], "valid"):
+    if of_call != "valid" and (isinstance(of_call, str) or as_pair(of_call) != (0, 0)):
         return None
     sides = module._reversed_padding_repeated_twice
     if module.padding_mode != "zeros" and explains(lambda x: nn.functional.pad(x, sides, mode=module.padding_mode)):
@@ -272,15 +286,15 @@ def _bare_copy(module: nn.Conv2d) -> nn.Conv2d:
     return copied
 
 
-def _images(module: nn.Conv2d) -> Iterator[Tensor]:
+def _images(module: nn.Conv2d, stated: ConvSpec) -> Iterator[Tensor]:
     """Yield images of sizes that differ in what a stride leaves over."""
     generator = torch.Generator().manual_seed(0)
     tensors = (*module.parameters(), *module.buffers())
     first = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(()))
-    reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    reach = [d * (k - 1) + 1 for d, k in zip(stated.dilation, stated.kernel_size, strict=True)]
     pads = max(module._reversed_padding_repeated_twice, default=0) if module.padding_mode != "zeros" else 0
     for extra in (2, 3, 5):
-        height, width = (r + pads + s + extra for r, s in zip(reach, module.stride, strict=True))
+        height, width = (r + pads + s + extra for r, s in zip(reach, stated.stride, strict=True))
         x = torch.randn(2, module.in_channels, height, width + 1, generator=generator)
         yield x.to(dtype=first.dtype, device="cpu" if first.is_meta else first.device)
 

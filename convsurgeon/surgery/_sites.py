@@ -17,7 +17,7 @@ from convsurgeon import ops
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.spec import ConvSpec, Pair
 from convsurgeon.surgery._copies import sharing_storage
-from convsurgeon.surgery._donors import Donor, find_donor, has_op_for_kernel
+from convsurgeon.surgery._donors import Donor, find_donor, has_op_for_kernel, stated_geometry
 from convsurgeon.surgery._paths import named_leaves
 from convsurgeon.surgery._weights import type_name
 
@@ -152,7 +152,7 @@ def describe(
     donor = donor or find_donor(module)
     if isinstance(donor, str):
         known = isinstance(module, nn.Conv2d) and not any(is_lazy(p) for p in module.parameters())
-        spec = ConvSpec.from_conv(module) if known else None  # type: ignore[arg-type]
+        spec = stated_geometry(module) if known else None  # type: ignore[arg-type]
         return Site(fqns, type_name(module), spec, obstacle=donor)
     if donor.inside:
         fqns = tuple(f"{fqn}.weight".lstrip(".") for fqn in fqns)
