@@ -6,6 +6,7 @@
     ├── OptionError               an option that does not exist, or a value it cannot take
     ├── UnknownNameError          no op, data set, method, objective or architecture of that name
     ├── UnsupportedConvError      an op was asked to replace a convolution that it cannot replace
+    ├── KernelWriteError          a dense kernel was written to an op that cannot hold it
     ├── SurveyError               the model or its example input cannot be surveyed or copied
     ├── SelectorError             a selector matched nothing, or selectors contradict each other
     ├── NothingToConvertError     a plan that would convert no convolution
@@ -57,6 +58,10 @@ class UnknownNameError(ConvSurgeonError):
 
 class UnsupportedConvError(ConvSurgeonError):
     """An op was asked to replace a convolution that it cannot replace."""
+
+
+class KernelWriteError(ConvSurgeonError):
+    """A dense kernel, or a bias, was written to an op that cannot hold it."""
 
 
 class SurveyError(ConvSurgeonError):

@@ -326,6 +326,39 @@ class LosesMuchAndOwnsToALittle(Honest):
         super().init_from(weight * 0.4, bias)
 
 
+@breaks("law_writes", "the kernel that was doubled in place is off by up to")
+class ForgetsWrites(Honest):
+    weight = property(lambda self: self.as_dense())
+
+
+@breaks("law_writes", "the kernel that was doubled in place is off by up to")
+class TakesWritesIntoACache(Honest):
+    def __getattr__(self, name):
+        if name != "weight":
+            return super().__getattr__(name)
+        self.__dict__.setdefault("cache", super().__getattr__("weight").detach().clone())
+        return self.cache
+
+
+@breaks("law_writes", "a kernel that is scaled by output channel is refused")
+class HoldsOneScaleOnly(Honest):
+    def as_dense(self):
+        dense = super().as_dense()
+        return dense * (dense.norm() / dense.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
+
+    def forward(self, x):
+        bias = 0 if self.bias is None else self.bias.view(-1, 1, 1)
+        norms = Honest.as_dense(self).flatten(1).norm(dim=1).view(-1, 1, 1)
+        return (super().forward(x) - bias) * Honest.as_dense(self).norm() / norms + bias
+
+
+@breaks("law_writes", "the output with another bias is off by up to")
+class HasNoUseForABias(Honest):
+    def forward(self, x):
+        out = super().forward(x)
+        return out if self.bias is None else out - self.bias.view(-1, 1, 1)
+
+
 @breaks("law_macs", "MACs at")
 class ForgetsThePointwise(Honest):
     @classmethod

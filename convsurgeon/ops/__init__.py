@@ -6,7 +6,8 @@ group `convsurgeon.ops`, through which other packages add theirs.
 
 from typing import TYPE_CHECKING, Any
 
-from convsurgeon.ops._base import TENSOR_METADATA, AbstractCheapConv
+from convsurgeon.ops._base import AbstractCheapConv
+from convsurgeon.ops._kernel_attributes import TENSOR_METADATA
 from convsurgeon.ops._pointwise_spatial import AbstractPointwiseSpatial
 from convsurgeon.ops._registry import get, names, register
 from convsurgeon.ops._same_padding import SamePadding

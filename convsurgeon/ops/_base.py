@@ -14,23 +14,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from convsurgeon.errors import UnsupportedConvError
+from convsurgeon.ops._kernel_attributes import KernelAttributes
+from convsurgeon.ops._kernel_view import view_kernel
+from convsurgeon.ops._kernel_write import take_bias
 from convsurgeon.ops._ranks import is_share_of_energy
 from convsurgeon.ops._same_padding import SamePadding
 from convsurgeon.options import parse_options
 from convsurgeon.spec import ConvSpec, Pair
 
 _CONV2D_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-TENSOR_METADATA = frozenset(
-    {
-        *("shape", "dtype", "device", "ndim", "is_meta", "is_cuda", "layout", "itemsize"),
-        *("size", "dim", "numel", "is_floating_point", "is_complex", "element_size", "is_contiguous"),
-    }
-)
-"""What a tensor can be asked for without looking at its values."""
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-class AbstractCheapConv(nn.Module, ABC):
+class AbstractCheapConv(KernelAttributes, ABC):
     """A cheap stand-in for one dense `nn.Conv2d`, linear in its input.
 
     A subclass is final. It says how it is built, what it costs, why it cannot replace a given
@@ -150,6 +146,10 @@ class AbstractCheapConv(nn.Module, ABC):
         bias: Tensor | None = getattr(self, self.last).bias
         return bias
 
+    @bias.setter
+    def bias(self, bias: Tensor | None) -> None:
+        take_bias(self, bias)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take the image as `input`, too: so is it called in `nn.Conv2d`."""
         if "input" in kwargs:
@@ -160,18 +160,6 @@ class AbstractCheapConv(nn.Module, ABC):
         """Do what `nn.Conv2d.forward(op, x)` asks for; whoever changes the weight first has read it, and is kept."""
         out: Tensor = self(input)
         return out
-
-    def __getattr__(self, name: str) -> Any:
-        """Find `weight` too, if the op has none of its own: the dense kernel it equals, as model code expects.
-
-        Where the op stands for a kernel, it is asked for shape, dtype and device as a tensor is.
-        """
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name != "weight" and name not in TENSOR_METADATA:
-                raise
-        return self.as_dense() if name == "weight" else getattr(self.as_dense(), name)
 
     @property
     def spec(self) -> ConvSpec:
@@ -265,7 +253,7 @@ class AbstractCheapConv(nn.Module, ABC):
             out: Tensor = op(call["input"])
             bias = call.get("bias")
             return out if bias is None else out + bias.view(-1, 1, 1)
-        dense_args, dense_kwargs = pytree.tree_map_only(AbstractCheapConv, lambda op: op.as_dense(), (args, kwargs))
+        dense_args, dense_kwargs = pytree.tree_map_only(AbstractCheapConv, view_kernel, (args, kwargs))
         return func(*dense_args, **(dense_kwargs or {}))
 
     def _is_called_as_donor(self, call: dict[str, Any]) -> bool:

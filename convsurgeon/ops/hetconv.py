@@ -134,8 +134,8 @@ class HetConv2d(AbstractCheapConv):
     def as_dense(self) -> Tensor:
         """Return the sum of both parts, the 1x1 at the center."""
         groups = self.spatial.groups
-        spatial_GoiHW = self.spatial.weight.reshape(groups, -1, *self.spatial.weight.shape[1:])
-        same_GG = torch.eye(groups, dtype=spatial_GoiHW.dtype, device=spatial_GoiHW.device)
+        spatial_GoiHW = self.spatial.weight.unflatten(0, (groups, -1))  # type: ignore[no-untyped-call]
+        same_GG = spatial_GoiHW.new_ones(groups).diag()
         spatial = torch.einsum("goihw,gf->gofihw", spatial_GoiHW, same_GG)
         return spatial.flatten(2, 3).flatten(0, 1) + at_center(self.pointwise.weight, self.kernel_size)
 

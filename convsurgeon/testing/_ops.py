@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from convsurgeon.testing import _op_travel, _op_values
+from convsurgeon.testing import _op_travel, _op_values, _op_writes
 from convsurgeon.testing._cases import Case, Op, sample_cases
 from convsurgeon.testing._checks import find_laws
 from convsurgeon.testing._op_law import EXPENSIVE, Law
@@ -12,7 +12,7 @@ from convsurgeon.testing._op_law import EXPENSIVE, Law
 
 def laws(*, expensive: bool | None = None) -> dict[str, Law]:
     """Return the laws by name: all of them, only the expensive, or (False) only the cheap."""
-    found: dict[str, Law] = find_laws("law_", _op_values, _op_travel)
+    found: dict[str, Law] = find_laws("law_", _op_values, _op_writes, _op_travel)
     return {name: law for name, law in found.items() if expensive in (None, name in EXPENSIVE)}
 
 
