@@ -35,7 +35,7 @@ ModelArg = Annotated[
 Trust = Annotated[bool, typer.Option("--trust", help="Run whatever code a file brings with it.")]
 TrustModule = Annotated[
     list[str] | None,
-    typer.Option(metavar="PREFIX", help="Admit module classes of this package from files. Repeatable."),
+    typer.Option(metavar="PREFIX", help="Admit this package's modules from files, and its values. Repeatable."),
 ]
 InputShape = Annotated[
     str | None,

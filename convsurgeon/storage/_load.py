@@ -13,7 +13,7 @@ from torch import nn
 from convsurgeon.errors import ModelError, OptionError
 from convsurgeon.progress import Progress, Report, be_silent
 from convsurgeon.record import read_record, update_record
-from convsurgeon.storage._admission import refusal
+from convsurgeon.storage._admission import Refused, refusal
 from convsurgeon.storage._architectures import Architecture, parse_name
 from convsurgeon.storage._building import build_with
 from convsurgeon.storage._kinds import Kind, identify
@@ -53,7 +53,8 @@ def load(
         weights: for a name, a file of weights, or `"DEFAULT"` for those of the library. Without,
             they are random, and `report` is told so.
         trust: run whatever code a file brings.
-        trust_modules: modules, with all below them, whose `nn.Module` classes a file may use.
+        trust_modules: modules, with all below them, whose `nn.Module` classes a file may use, and enumerations,
+            plain objects and functions as values.
         weights_key: which entry of a checkpoint to take, dotted where it is nested (`"callbacks.EMA.state"`).
         weights_prefix: what stands before the network's own names in the weights (`"model."`).
         model_args: what the architecture is built with, such as `{"num_classes": 10}`.
@@ -136,7 +137,7 @@ def _load_file(path: Path, *, key: str | None, trust: bool, trust_modules: Seque
         return read_program(path, trust=trust, report=report)
     if kind is Kind.SAFETENSORS:
         return read_student(path, trust=trust, trust_modules=trust_modules)
-    refused: list[str] = []
+    refused: Refused = {}
     if trust:
         found = read_trusted(path)
     else:

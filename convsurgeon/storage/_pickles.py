@@ -20,14 +20,15 @@ from torch.serialization import (
 )
 
 from convsurgeon.errors import ConvSurgeonError, ModelError, UntrustedFileError, one_line
-from convsurgeon.storage._admission import Admission, refusal
+from convsurgeon.storage._admission import Admission, Refused, refusal, why_refused
 from convsurgeon.storage._archives import DamageError, read_archive
 from convsurgeon.storage._kinds import Kind
 from convsurgeon.storage._stand_ins import Inert, StandInError
-from convsurgeon.storage._storages import Lookups, proofread_archive, proofread_legacy
+from convsurgeon.storage._storages import Uses, proofread_archive, proofread_legacy
 from convsurgeon.storage._texts import printable
 from convsurgeon.storage._trees import check_tree
 
+_MOST_EXPLAINED = 50
 Allowed = list[tuple[Callable[..., object], str]]
 
 _ALLOWED_IS_GLOBAL = threading.Lock()
@@ -44,14 +45,14 @@ def read_trusted(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:
         if scripted := _FROM_A_SCRIPT.search(str(error)):
-            raise refusal(path, [f"__main__.{scripted[1]}"]) from error
+            raise refusal(path, {f"__main__.{scripted[1]}": None}) from error
         raise ModelError(f"{path} cannot be loaded: {one_line(error)}") from error
 
 
-def read_safely(path: Path, kind: Kind, *, trust_modules: Sequence[str] = ()) -> tuple[Any, list[str]]:
+def read_safely(path: Path, kind: Kind, *, trust_modules: Sequence[str] = ()) -> tuple[Any, Refused]:
     """Unpickle a file without running code of its choosing.
 
-    Returns what it holds, and the names it used that are not admitted, in whose places are inert
+    Returns what it holds, and the names it used that are not admitted, with reasons; in their places are inert
     objects. With any such name, only tensors and plain data of the result are of use.
 
     Raises:
@@ -59,10 +60,10 @@ def read_safely(path: Path, kind: Kind, *, trust_modules: Sequence[str] = ()) ->
         ModelError: if it is damaged.
     """
     if kind is Kind.LEGACY:
-        return _read_legacy(path), []
+        return _read_legacy(path), {}
     admission = Admission(path, trust_modules)
-    names, lookups = _proofread(path)
-    allowed, refused = _admit(admission, names, lookups)
+    names, uses = _proofread(path)
+    allowed, refused = _admit(admission, names, uses)
     try:
         with _only_allowed(allowed):
             found = torch.load(path, map_location="cpu", weights_only=True)
@@ -76,33 +77,34 @@ def read_safely(path: Path, kind: Kind, *, trust_modules: Sequence[str] = ()) ->
     return found, refused
 
 
-def _proofread(path: Path) -> tuple[list[str], Lookups]:
-    """Return the dotted names of all globals that torch does not know as harmless, and attributes of them."""
+def _proofread(path: Path) -> tuple[list[str], Uses]:
+    """Return the dotted names of all globals that torch does not know as harmless, and what is done with them."""
     try:
         archive = read_archive(path)
         with _only_allowed([]):
             names = sorted(get_unsafe_globals_in_checkpoint(path))
         return names, proofread_archive(archive, frozenset(names))
     except Exception as error:  # whatever zipfile and torch make of damaged bytes
-        raise _unreadable(path, error, []) from error
+        raise _unreadable(path, error, {}) from error
 
 
-def _admit(admission: Admission, names: Sequence[str], lookups: Lookups) -> tuple[Allowed, list[str]]:
+def _admit(admission: Admission, names: Sequence[str], uses: Uses) -> tuple[Allowed, Refused]:
     """Return the stand-ins of all names for torch, and the names that are refused."""
     allowed: Allowed = []
-    refused: list[str] = []
+    refused: Refused = {}
     for name in names:
         stand_in = admission.admit(name)
         if stand_in is None:
-            refused.append(name)
+            # a file could name modules by the thousand, and some are looked up in their source
+            refused[name] = why_refused(name, uses.calls.get(name)) if len(refused) < _MOST_EXPLAINED else ""
         allowed.append((stand_in or Inert, name))
-    for owner, attribute in lookups:
-        if nested := admission.admit_nested(owner, attribute):
+    for owner, attribute in uses.lookups:
+        if (nested := admission.admit_nested(owner, attribute)) and callable(nested):
             allowed.append((nested, f"{owner}.{attribute}"))
     return allowed, refused
 
 
-def _unreadable(path: Path, error: Exception, refused: Sequence[str]) -> ConvSurgeonError:
+def _unreadable(path: Path, error: Exception, refused: Refused) -> ConvSurgeonError:
     if refused:
         return refusal(path, refused)
     if isinstance(error, StandInError):
@@ -129,7 +131,7 @@ def _read_legacy(path: Path) -> Any:
             "read safely; save it again with torch.save, or, only if you know who made it: --trust"
         ) from error
     except Exception as error:
-        raise _unreadable(path, error, []) from error
+        raise _unreadable(path, error, {}) from error
 
 
 @contextmanager

@@ -49,6 +49,8 @@ class Proofreader:
         self.position = 0
         self.lookups: dict[tuple[str, str], None] = {}
         """Which attributes of which named things are looked up, in order."""
+        self.calls: dict[str, int] = {}
+        """With how many plain arguments a foreign thing is called at most; -1 if there are others."""
         self._data, self._size = data, len(data)
         self._foreign, self._storage = foreign, storage
         self._known = Known(Extent(limit))
@@ -136,9 +138,15 @@ class Proofreader:
         if func.dotted == "builtins.getattr" and len(args) == 2 and isinstance(args[0], Name):
             self._push(self._lookup(args[0], args[1]))
         elif self._is_foreign(func):
+            self._note_call(func, args)
             self._push(Made(func.dotted))
         else:
             self._push(self._known.call(func, args))
+
+    def _note_call(self, func: Name, args: tuple[Any, ...]) -> None:
+        count = len(args) if all(map(is_key, args)) else -1
+        before = self.calls.get(func.dotted, count)
+        self.calls[func.dotted] = -1 if -1 in (count, before) else max(count, before)
 
     def _lookup(self, owner: Name, attribute: Any) -> Name:
         if not (isinstance(attribute, str) and attribute.isidentifier() and self._is_foreign(owner)):

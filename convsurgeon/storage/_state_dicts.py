@@ -36,7 +36,7 @@ _MOST_PARTS = 100_000  # a module that is shared counts for each of its names
 StateDict = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """One place in a checkpoint that holds weights.
 

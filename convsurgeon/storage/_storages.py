@@ -6,6 +6,7 @@ import mmap
 import pickle
 import struct
 from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,22 @@ from convsurgeon.storage._proofreading import Proofreader
 _SPARE, _FACTOR = 64 * 2**20, 4
 _COUNT_LENGTH = 8
 
-Lookups = list[tuple[str, str]]
+
+@dataclass(frozen=True)
+class Uses:
+    """What a pickle does with names that torch does not know.
+
+    Args:
+        lookups: owners and attributes that it looks up.
+        calls: with how many plain arguments it calls a name at most; -1 if there are others.
+    """
+
+    lookups: list[tuple[str, str]]
+    calls: dict[str, int]
 
 
-def proofread_archive(archive: Archive, foreign: Container[str]) -> Lookups:
-    """Read the pickle of an archive without building anything, and return which attributes it looks up.
+def proofread_archive(archive: Archive, foreign: Container[str]) -> Uses:
+    """Read the pickle of an archive without building anything, and return what it does with foreign names.
 
     Raises:
         DamageError, StandInError, pickle.UnpicklingError: as `Proofreader.read` says.
@@ -37,7 +49,7 @@ def proofread_archive(archive: Archive, foreign: Container[str]) -> Lookups:
 
     reader = Proofreader(archive.pickle, foreign=foreign, storage=storage, limit=_limit(archive.sizes))
     reader.read()
-    return list(reader.lookups)
+    return Uses(list(reader.lookups), reader.calls)
 
 
 def proofread_legacy(path: Path) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from convsurgeon.errors import ModelError, WeightsError
-from convsurgeon.storage._admission import name_flags, refusal
+from convsurgeon.storage._admission import Refused, name_flags, refusal
 from convsurgeon.storage._kinds import Kind, identify
 from convsurgeon.storage._pickles import read_safely, read_trusted
 from convsurgeon.storage._programs import read_program
@@ -31,7 +31,7 @@ class Weights:
     path: Path
     entries: tuple[Entry, ...]
     unread: tuple[Entry, ...] = ()
-    refused: tuple[str, ...] = ()
+    refused: Mapping[str, str | None] = field(default_factory=dict)
     others: tuple[str, ...] = ()
     key: str | None = None
 
@@ -82,13 +82,13 @@ def read_weights(path: Path, *, trust: bool, trust_modules: Sequence[str], key: 
         path,
         entries=tuple(known or readable),
         unread=tuple(entry for entry in unread if entry.is_known),
-        refused=tuple(refused),
+        refused=refused,
         others=tuple(others),
         key=key,
     )
 
 
-def _read(path: Path, *, trust: bool, trust_modules: Sequence[str]) -> tuple[Any, list[str]]:
+def _read(path: Path, *, trust: bool, trust_modules: Sequence[str]) -> tuple[Any, Refused]:
     kind = identify(path)
     if kind is Kind.SAFETENSORS:
         tensors, metadata = read_safetensors(path)
@@ -96,10 +96,10 @@ def _read(path: Path, *, trust: bool, trust_modules: Sequence[str]) -> tuple[Any
             raise WeightsError(
                 f"{path} is a whole student, not only weights; give it by itself: convsurgeon ... {path}"
             )
-        return tensors, []
+        return tensors, {}
     if kind is Kind.PROGRAM:
-        return dict(read_program(path, trust=trust).state_dict()), []
-    return (read_trusted(path), []) if trust else read_safely(path, kind, trust_modules=trust_modules)
+        return dict(read_program(path, trust=trust).state_dict()), {}
+    return (read_trusted(path), {}) if trust else read_safely(path, kind, trust_modules=trust_modules)
 
 
 def describe(found: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class Whole:
     remark: str
 
 
-def choose_module(path: Path, found: Any, refused: Sequence[str], *, key: str | None = None) -> Whole:
+def choose_module(path: Path, found: Any, refused: Mapping[str, str | None], *, key: str | None = None) -> Whole:
     """Return the module in what a file held: the averaged one before the other, in single precision.
 
     Args:
