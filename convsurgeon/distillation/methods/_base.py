@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from convsurgeon.distillation.objectives import AbstractObjective
 from convsurgeon.options import parse_options
+from convsurgeon.outputs import Kind
 from convsurgeon.registry import Registry
 
 
@@ -32,6 +33,7 @@ class Setting:
         classes: how many scores the student gives; 0 where its answers are no class scores.
         teacher_is_trained: whether the teacher does better than chance, or None if nobody could tell.
         seed: for the method's own random numbers.
+        outputs: what the student's first output is.
     """
 
     objective: AbstractObjective
@@ -39,6 +41,7 @@ class Setting:
     classes: int
     teacher_is_trained: bool | None
     seed: int
+    outputs: Kind = "scores"
 
 
 class AbstractMethod(nn.Module, ABC):
