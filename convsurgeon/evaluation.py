@@ -288,8 +288,3 @@ def float_leaves(output: Any) -> list[Tensor]:
         return leaves
     known = [first] if first.is_floating_point() else []
     return known + [leaf for leaf in leaves if leaf is not first]
-
-
-def is_class_scores(answer: Tensor) -> bool:
-    """Whether an answer looks like one row of class scores an image: some are negative, as no share or pixel is."""
-    return answer.dim() == 2 and answer.shape[1] > 1 and bool((answer < 0).any())

@@ -414,16 +414,16 @@ def test_the_polish_steps_by_muon_and_the_report_has_what_decided(
 
 def test_class_scores_are_ranked_by_their_divergence_and_others_by_their_error() -> None:
     scores = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
-    same_classes = closeness([[scores + 5.0]], [[scores]], scores=True)
+    same_classes = closeness([[scores + 5.0]], [[scores]], kind="scores")
     assert same_classes.agreement == 1.0
     assert same_classes.error > 1.0
     assert same_classes.rank == pytest.approx(0.0, abs=1e-12)
-    far = closeness([[2 * scores]], [[scores]], scores=True)
+    far = closeness([[2 * scores]], [[scores]], kind="scores")
     target = scores.softmax(1)
     expected = (target * (target.log() - (2 * scores).softmax(1).log())).sum(1).mean()
     assert -far.rank == pytest.approx(float(expected), rel=1e-5)
     maps = torch.rand(2, 1, 4, 4)
-    assert closeness([[2 * maps]], [[maps]], scores=False).rank == pytest.approx(-1.0)
+    assert closeness([[2 * maps]], [[maps]], kind="values").rank == pytest.approx(-1.0)
 
 
 @pytest.mark.parametrize("steps", [3, 17])
@@ -475,7 +475,6 @@ class Boxes(Tiny):
 @pytest.mark.parametrize(
     ("network", "answers", "are_scores"),
     [
-        (Tiny, "auto", True),
         (Boxes, "auto", False),
         (Tiny, "values", False),
         (Boxes, "scores", True),
@@ -497,7 +496,9 @@ def test_what_kind_of_answers_are_matched(
     result = calibrate_and_report(teacher, cs.rewrite(teacher), IMAGES, answers=answers, **QUICK)
     assert all((stage.agreement is not None) is are_scores for stage in result.stages)
     assert {each["answers"] for each in told} == {"scores" if are_scores else "values"}
-    with pytest.raises(OptionError, match="answers must be one of auto, scores, values, got 'boxes'"):
+    with pytest.raises(
+        OptionError, match="answers must be one of auto, scores, values, probabilities, multilabel, got 'boxes'"
+    ):
         cs.calibrate(teacher, cs.rewrite(teacher), IMAGES, answers="boxes")  # type: ignore[arg-type]
 
 

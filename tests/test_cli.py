@@ -234,7 +234,7 @@ def refusals() -> dict[str, tuple[str, str]]:
         ),
         "answers of another kind": (
             f"convert {named} --calibrate digits --answers boxes",
-            "--answers must be auto, scores or values, got 'boxes'",
+            "--answers must be one of auto, scores, values, probabilities, multilabel, got 'boxes'",
         ),
         "a dry run of a calibration": (
             f"convert {named} --calibrate digits --dry-run",

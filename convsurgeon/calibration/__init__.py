@@ -3,11 +3,12 @@
 from convsurgeon.calibration._calibrate import calibrate, calibrate_and_report, refuse_calibration
 from convsurgeon.calibration._images import refuse_few
 from convsurgeon.calibration._polish import Polish
-from convsurgeon.calibration._result import CalibrationResult, SiteFit, Stage
+from convsurgeon.calibration._result import CalibrationResult, PolishRun, SiteFit, Stage
 
 __all__ = [
     "CalibrationResult",
     "Polish",
+    "PolishRun",
     "SiteFit",
     "Stage",
     "calibrate",

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from convsurgeon.calibration._images import CalibrationImages
 from convsurgeon.errors import CalibrationError
-from convsurgeon.evaluation import float_leaves, is_class_scores
+from convsurgeon.evaluation import float_leaves
+from convsurgeon.outputs import Answers, Kind, Outputs, divergence_of, has_classes, look_at_outputs, why_not
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Closeness:
     Args:
         agreement: the share (0..1) of images with the same highest score, or None where answers are no class scores.
         error: squared difference over the teacher's squared answers, over all numbers.
-        divergence: that of the teacher's class distribution from the student's, in nats, a mean over images; None
-            where answers are no class scores.
+        divergence: that of the student's class distribution, or of its probabilities together, from the teacher's, in
+            nats, a mean over images; None where answers are values.
     """
 
     agreement: float | None
@@ -48,42 +49,58 @@ def answers_of(network: nn.Module, batches: Iterable[Tensor]) -> list[list[Tenso
     return [[leaf.float().cpu() for leaf in float_leaves(network(images))] for images in batches]
 
 
-def look_like_scores(answers: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether the first of a network's answers look like class scores, over all batches."""
+def look_at_answers(
+    teacher: nn.Module, answers: Sequence[Sequence[Tensor]], images: CalibrationImages, *, said: Answers
+) -> Outputs:
+    """Return what kind the first of a teacher's answers is.
+
+    Args:
+        teacher: in eval mode.
+        answers: for each batch of the images held out, the float tensors.
+        images: those of the calibration.
+        said: what the caller said.
+    """
     firsts = [leaves[0] for leaves in answers if leaves]
-    return len({first.shape[1:] for first in firsts}) == 1 and is_class_scores(torch.cat(firsts))
+    if len({first.shape[1:] for first in firsts}) != 1:
+        return Outputs("values", "they differ in shape from batch to batch, or there are none")
+    return look_at_outputs(
+        teacher,
+        images.held,
+        torch.cat(firsts),
+        first=lambda answer: float_leaves(answer)[0],
+        said=said,
+        labels=images.labels,
+        class_names=images.class_names,
+    )
 
 
-def refuse_answers(answers: Sequence[Sequence[Tensor]], *, as_scores: bool) -> None:
+def refuse_answers(answers: Sequence[Sequence[Tensor]], *, said: str) -> None:
     """Raise a `CalibrationError` for answers of a teacher that nothing can be compared with.
 
     Args:
         answers: for each batch, the float tensors.
-        as_scores: whether the caller said that the first of them are class scores.
+        said: what the caller said that the first of them are.
     """
     if not all(bool(leaf.isfinite().all()) for leaves in answers for leaf in leaves):
         raise CalibrationError("the teacher answers with NaN or infinite numbers on these images; mend it first")
     for leaves in answers:
-        if as_scores and leaves and (leaves[0].dim() != 2 or leaves[0].shape[1] < 2):
-            raise CalibrationError(
-                f"answers='scores' needs a row of two class scores or more an image, and the teacher's first answer is "
-                f"{tuple(leaves[0].shape)} for a batch; say answers='values'"
-            )
+        if leaves and (reason := why_not(said, leaves[0])):
+            raise CalibrationError(f"{reason}; say answers='values'")
 
 
-def closeness(student: Sequence[Sequence[Tensor]], teacher: Sequence[Sequence[Tensor]], *, scores: bool) -> Closeness:
+def closeness(student: Sequence[Sequence[Tensor]], teacher: Sequence[Sequence[Tensor]], *, kind: Kind) -> Closeness:
     """Compare two networks' answers to the same batches.
 
     Args:
         student: for each batch, the float tensors of the answer.
         teacher: the same of the teacher.
-        scores: whether the first tensor of each is a row of class scores an image.
+        kind: of the first tensor of each.
 
     Raises:
         CalibrationError: if their shapes differ.
     """
-    same = images = 0
-    missed = energy = divergence = 0.0
+    images = 0
+    same = missed = energy = divergence = 0.0
     for mine, theirs in zip(student, teacher, strict=True):
         shapes = [[tuple(leaf.shape) for leaf in leaves] for leaves in (mine, theirs)]
         if shapes[0] != shapes[1] or not shapes[1]:
@@ -94,15 +111,15 @@ def closeness(student: Sequence[Sequence[Tensor]], teacher: Sequence[Sequence[Te
         for leaf, wanted in zip(mine, theirs, strict=True):
             missed += float((leaf - wanted).double().square().sum())
             energy += float(wanted.double().square().sum())
-        if scores:
-            same += int((mine[0].argmax(1) == theirs[0].argmax(1)).sum())
-            images += len(mine[0])
-            given, target = (functional.log_softmax(leaves[0].double(), dim=1) for leaves in (mine, theirs))
-            divergence += float(functional.kl_div(given, target, reduction="sum", log_target=True))
+        images += len(mine[0])
+        divergence += divergence_of(mine[0], theirs[0], kind)
+        if has_classes(kind):
+            same += float((mine[0].argmax(1) == theirs[0].argmax(1)).float().mean()) * len(mine[0])
     error = missed / energy if energy else missed
-    if not (scores and images):
+    if kind == "values" or not images:
         return Closeness(None, error)
-    return Closeness(same / images, error, divergence / images)
+    agreement = same / images if has_classes(kind) else None
+    return Closeness(agreement, error, divergence / images)
 
 
 def _listed(shapes: Sequence[Any]) -> str:

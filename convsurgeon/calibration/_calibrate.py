@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
-from convsurgeon.calibration._answers import Closeness, answers_of, closeness, look_like_scores, refuse_answers
+from convsurgeon.calibration._answers import Closeness, answers_of, closeness, look_at_answers, refuse_answers
 from convsurgeon.calibration._capture import Places, patches_of, targets_of
 from convsurgeon.calibration._fit import Fit, fit_op
 from convsurgeon.calibration._images import CalibrationImages, gather
@@ -21,11 +21,11 @@ from convsurgeon.calibration._polish import polish as run_polish
 from convsurgeon.calibration._result import CalibrationResult, PolishRun, SiteFit, Stage, peak_memory
 from convsurgeon.calibration._sites import CalibrationSite, sites_in_order
 from convsurgeon.errors import CalibrationError, OptionError
+from convsurgeon.outputs import ANSWERS, Answers
 from convsurgeon.progress import Progress, Report, be_silent
 from convsurgeon.surgery import copy_module, expect_module, in_mode
 
 Judge = Callable[[nn.Module], float]
-Answers = Literal["auto", "scores", "values"]
 
 _POSITIONS = 64
 _TARGET_BYTES = 10**9
@@ -55,10 +55,12 @@ def calibrate(
     Args:
         teacher: the network that the student was made from.
         student: what `rewrite` made of it, trained since or not.
-        images: a tensor `(N, C, H, W)`, a dataset, or batches, as the networks take them; labels are ignored.
+        images: a tensor `(N, C, H, W)`, a dataset, or batches, as the networks take them; nothing is learned from
+            labels, which only help to tell what the answers are.
         polish: False leaves it out; a `Polish` says how.
-        answers: `scores` are compared as class distributions, `values` (boxes, maps, shares) by their squared
-            error; `auto` takes for scores what is one row an image with some numbers below 0.
+        answers: `scores`, logits of classes, are compared as class distributions; `probabilities` from 0 to 1 as
+            such, as distributions where those of an image sum to 1; `multilabel`, logits of which each has a sigmoid,
+            as probabilities; `values` (boxes, maps, embeddings) by their squared error; `auto` finds it out.
         limit: how many images to use.
         seed: of the choice of images and positions, and of the polish.
         report: receives `Progress` events.
@@ -91,8 +93,8 @@ def calibrate_and_report(
             such as an accuracy on labelled images, is kept as the stage's score and decides nothing.
     """
     started = time.monotonic()
-    if answers not in get_args(Answers):
-        raise OptionError(f"answers must be one of {', '.join(get_args(Answers))}, got {answers!r}")
+    if answers not in ANSWERS:
+        raise OptionError(f"answers must be one of {', '.join(ANSWERS)}, got {answers!r}")
     # torch.compile wraps a network, whose parts then have other names
     teacher, student = (getattr(network, "_orig_mod", network) for network in (teacher, student))
     for network in (teacher, student):
@@ -164,8 +166,10 @@ class _Run:
         self.alone: tuple[Closeness, Statistics] | None = None
         self.sites, self.idle = sites_in_order(self.teacher, self.student, next(self.images.batches()))
         self.wanted = answers_of(self.teacher, self.images.batches(held=True))
-        refuse_answers(self.wanted, as_scores=answers == "scores")
-        self.scores = look_like_scores(self.wanted) if answers == "auto" else answers == "scores"
+        refuse_answers(self.wanted, said=answers)
+        self.outputs = look_at_answers(self.teacher, self.wanted, self.images, said=answers)
+        if question := self.outputs.question("answers='scores' (--answers scores)"):
+            report(Progress("calibrate", message=question))
         for name, parameter in self.student.named_parameters():
             if not bool(parameter.isfinite().all()):
                 raise CalibrationError(
@@ -228,7 +232,7 @@ class _Run:
                 self.student,
                 self.images,
                 settings,
-                scores=self.scores,
+                kind=self.outputs.kind,
                 rank=lambda student: self._closeness(student).rank,
                 seed=self.seed,
                 report=self.report,
@@ -241,12 +245,13 @@ class _Run:
             return
         unpolished, self.student = self.student, run.student
         after = self._closeness()
-        note = ""
+        notes = [run.cut]
         if after.rank < before.rank:
-            self.student, after, note = unpolished, before, "undone: it was further off"
+            self.student, after = unpolished, before
+            notes.insert(0, "undone: it was further off")
         elif after.agreement is not None and before.agreement is not None and after.agreement < before.agreement:
-            note = "kept: closer in all, though it agrees on fewer images"
-        self._close("polish", after, note)
+            notes.insert(0, "kept: closer in all, though it agrees on fewer images")
+        self._close("polish", after, "; ".join(filter(None, notes)))
 
     def result(self) -> CalibrationResult:
         """Return everything."""
@@ -341,7 +346,7 @@ class _Run:
 
     def _closeness(self, student: nn.Module | None = None) -> Closeness:
         given = answers_of(student or self.student, self.images.batches(held=True))
-        return closeness(given, self.wanted, scores=self.scores)
+        return closeness(given, self.wanted, kind=self.outputs.kind)
 
     def _close(self, name: str, found: Closeness, note: str = "") -> None:
         seconds = round(time.monotonic() - self.stage_started, 1)

@@ -16,11 +16,14 @@ from convsurgeon.distillation import Augmentation, Training, distill, methods
 from convsurgeon.errors import ConvSurgeonError, DivergenceError, OptionError, one_line
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.options import parse_options
+from convsurgeon.outputs import Kind
 from convsurgeon.progress import Progress, Report, be_silent
 
 _FEWEST_STEPS = 10
 # the first step is slower than those that follow; where steps are short, some more are looked at
-_SHORT, _MORE_STEPS = 2.0, 5
+_SHORT, _MORE_STEPS, _MEASUREMENTS = 2.0, 5, 2
+# how many times as long as expected is worth a word
+_LATE = 1.5
 # a student that is close already is thrown back by the rate that brings another one forward
 _RATES, _TRIAL_SHARE = (0.02, 0.005), 0.05
 
@@ -35,8 +38,9 @@ class Polish:
     """How the polish trains.
 
     Args:
-        steps: at most.
-        seconds: at most, by the time that a few steps take beforehand; ten steps are taken in any case.
+        steps: how many, those of the trials of a learning rate included.
+        seconds: what is bearable: fewer steps are taken where a few of them, timed beforehand, say that it would last
+            longer, but ten in any case. What it cuts is said.
         batch_size: images a step.
         learning_rate: the peak of the schedule of Muon; None for the one that does better in a short trial.
         blocks: weight of the blocks' outputs beside the answers at first; it falls to 0.
@@ -46,7 +50,7 @@ class Polish:
     """
 
     steps: int = 2000
-    seconds: float = 600.0
+    seconds: float = 1800.0
     batch_size: int = 64
     learning_rate: float | None = None
     blocks: float = 10.0
@@ -74,7 +78,7 @@ def polish(
     images: CalibrationImages,
     settings: Polish,
     *,
-    scores: bool,
+    kind: Kind,
     rank: Rank,
     seed: int,
     report: Report,
@@ -85,11 +89,11 @@ def polish(
     diverges is done again at a lower learning rate, while there is one left.
 
     Args:
-        scores: whether the answers are class scores.
+        kind: of the first answer.
         rank: says how close a student is to its teacher on images held out; more is closer.
     """
     train = images.fitted.cpu()
-    run = _Imitation(teacher, student, train, min(settings.batch_size, len(train)), scores, settings, seed)
+    run = _Imitation(teacher, student, train, min(settings.batch_size, len(train)), kind, settings, seed)
     frozen = _thaw_ops(student)
     try:
         step_seconds = _time_step(run)
@@ -101,18 +105,33 @@ def polish(
         reason = str(error) if isinstance(error, ConvSurgeonError) else one_line(error)
         return PolishRun(None, 0, _RATES[0], run.batch_size, f"left out: the student cannot be trained: {reason}")
     affordable = min(settings.steps, max(_FEWEST_STEPS, int(settings.seconds / step_seconds)))
-    report(
-        Progress(
-            "polish",
-            message=f"polish: {affordable} steps of {run.batch_size} images, about "
-            f"{_minutes(affordable * step_seconds)} ({step_seconds:.2g} s a step)",
-        )
-    )
+    for message in _announced(affordable, step_seconds, settings, run.batch_size):
+        report(Progress("polish", message=message))
     rate, tried = _choose_rate(run, rank, settings, affordable, report)
-    polished, rate = _run_without_diverging(run, affordable - tried, rate, report)
+    steps = affordable - tried
+    polished, rate, seconds = _run_without_diverging(run, steps, rate, report)
     for network in (student, polished or student):
         _put_back(frozen, network)
-    return PolishRun(polished, affordable - tried, rate, run.batch_size, "" if polished else _DIVERGED)
+    if seconds > _LATE * steps * step_seconds:
+        expected = _minutes(steps * step_seconds)
+        report(Progress("polish", message=f"polish: took {_minutes(seconds)} where {expected} were expected"))
+    obstacle = "" if polished else _DIVERGED
+    return PolishRun(polished, steps, rate, run.batch_size, obstacle, settings.steps, tried, seconds / steps)
+
+
+def _announced(affordable: int, step_seconds: float, settings: Polish, batch_size: int) -> list[str]:
+    """Return what is said before it starts: how long it will take, and what the time cuts."""
+    lines = [
+        f"polish: {affordable} steps of {batch_size} images, about "
+        f"{_minutes(affordable * step_seconds)} ({step_seconds:.2g} s a step)"
+    ]
+    if affordable < settings.steps:
+        minutes = math.ceil(settings.steps * step_seconds / 60)
+        lines.append(
+            f"polish: only {affordable} of {settings.steps} steps fit into {_minutes(settings.seconds)}; for all of "
+            f"them say Polish(seconds={60 * minutes}) (--polish-minutes {minutes})"
+        )
+    return lines
 
 
 @dataclass(frozen=True)
@@ -123,7 +142,7 @@ class _Imitation:
     student: nn.Module
     train: Tensor
     batch_size: int
-    scores: bool
+    kind: Kind
     settings: Polish
     seed: int
 
@@ -144,7 +163,8 @@ class _Imitation:
                 "cutmix": settings.cutmix if pictures else 0.0,
                 "frozen_norms": settings.frozen_norms,
                 "full_precision": _in_full_precision(self.student),
-                "answers": "scores" if self.scores else "values",
+                # found again: those that sum to 1
+                "answers": "probabilities" if self.kind == "distribution" else self.kind,
             },
             epochs=1,
             batch_size=self.batch_size,
@@ -159,18 +179,20 @@ class _Imitation:
         return result.student, float(result.metrics["seconds"])
 
 
-def _run_without_diverging(run: Run, steps: int, rate: float, report: Report) -> tuple[nn.Module | None, float]:
-    """Return the student after a run at a rate or, where it diverges, at a lower one, and the rate of the last run.
+def _run_without_diverging(run: Run, steps: int, rate: float, report: Report) -> tuple[nn.Module | None, float, float]:
+    """Return the student after a run at a rate or, where it diverges, at a lower one, and that run's rate and seconds.
 
-    None instead of the student where all diverge.
+    None instead of the student, and no seconds, where all diverge.
     """
     for lower in (rate, *(each for each in _RATES if each < rate)):
         rate = lower
         try:
-            return run(steps, rate, lambda event: _pass_on(event, report))[0], rate
+            student, seconds = run(steps, rate, lambda event: _pass_on(event, report))
         except DivergenceError:
             report(Progress("polish", message=f"diverged at learning rate {rate:g}"))
-    return None, rate
+        else:
+            return student, rate, seconds
+    return None, rate, 0.0
 
 
 def _in_full_precision(student: nn.Module) -> bool:
@@ -205,11 +227,14 @@ def _rank_after(run: Run, rank: Rank, steps: int, rate: float) -> float:
 
 
 def _time_step(run: Run) -> float:
-    """Return about how many seconds a step takes, from runs whose results are thrown away."""
+    """Return about how many seconds a step takes, from runs whose results are thrown away.
+
+    Where steps are short, of two measurements the faster one: what else runs on the machine only slows them down.
+    """
     _, first = run(1, _RATES[0], be_silent)
     if first > _SHORT:
         return first
-    _, more = run(1 + _MORE_STEPS, _RATES[0], be_silent)
+    more = min(run(1 + _MORE_STEPS, _RATES[0], be_silent)[1] for _ in range(_MEASUREMENTS))
     return max(more - first, 0.1 * more) / _MORE_STEPS
 
 

@@ -20,6 +20,9 @@ class PolishRun:
         learning_rate: its peak.
         batch_size: images a step.
         obstacle: why there is no student; empty where there is one.
+        wanted: how many steps were asked for, trials included.
+        trial_steps: how many went into the trials of learning rates.
+        step_seconds: what a step of the run that counts took; 0 where there was none.
     """
 
     student: nn.Module | None
@@ -27,6 +30,26 @@ class PolishRun:
     learning_rate: float
     batch_size: int
     obstacle: str = ""
+    wanted: int = 0
+    trial_steps: int = 0
+    step_seconds: float = 0.0
+
+    @property
+    def cut(self) -> str:
+        """How many of the steps were taken, where the time did not suffice for all; empty where it did."""
+        taken = self.steps + self.trial_steps
+        return f"{taken:,} of {self.wanted:,} steps" if 0 < taken < self.wanted else ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the student as plain JSON data."""
+        return {
+            "steps": self.steps,
+            "trial_steps": self.trial_steps,
+            "wanted_steps": self.wanted,
+            "step_seconds": round(self.step_seconds, 4),
+            "learning_rate": self.learning_rate,
+            "batch_size": self.batch_size,
+        }
 
 
 @dataclass(frozen=True)
@@ -89,13 +112,11 @@ class CalibrationResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the student as plain JSON data; None for what is no finite number."""
-        polish = self.polish
         return {
             "seed": self.seed,
             "images": {"fitted": self.images[0], "held_out": self.images[1]},
             "stages": [_plain(stage) for stage in self.stages],
-            "polish": polish
-            and {"steps": polish.steps, "learning_rate": polish.learning_rate, "batch_size": polish.batch_size},
+            "polish": self.polish and self.polish.to_dict(),
             "sites": [_plain(site) for site in self.sites],
             "seconds": round(self.seconds, 1),
             "peak_memory": self.peak_memory,

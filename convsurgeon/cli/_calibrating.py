@@ -15,9 +15,9 @@ from convsurgeon.errors import OptionError, UnknownNameError
 if TYPE_CHECKING:
     from torch import nn
 
-    from convsurgeon.calibration import CalibrationResult
+    from convsurgeon.calibration import CalibrationResult, PolishRun
 
-_IMAGES, _MINUTES = 2048, 10.0
+_IMAGES, _MINUTES = 2048, 30.0
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,11 @@ class CalibrationRequest:
         idle = [*(flag for flag, value in said.items() if value is not None), *self.flags.typed()]
         if self.data is None and idle:
             raise OptionError(f"{idle[0]} is about calibration; say --calibrate DATA, too")
-        if self.answers not in (None, "auto", "scores", "values"):
-            raise OptionError(f"--answers must be auto, scores or values, got {self.answers!r}")
+        if self.answers is not None:
+            from convsurgeon.outputs import ANSWERS
+
+            if self.answers not in ANSWERS:
+                raise OptionError(f"--answers must be one of {', '.join(ANSWERS)}, got {self.answers!r}")
         if self.polish_minutes is None:
             return
         if self.polish is False:
@@ -152,5 +155,14 @@ def draw(result: CalibrationResult) -> None:
     for site in result.sites:
         if site.note:
             tell(f"{site.fqn}: {site.note}")
+    if result.polish is not None and result.polish.steps:
+        tell(_steps_line(result.polish))
     peak = "" if result.peak_memory is None else f", peak memory {result.peak_memory / 1e9:.1f} GB"
     tell(f"calibrated in {result.seconds:.0f} s{peak}")
+
+
+def _steps_line(polish: PolishRun) -> str:
+    """Return how many steps were taken, of how many, and what one took."""
+    line = f"polish: {polish.steps + polish.trial_steps:,} of {polish.wanted:,} steps of {polish.batch_size} images"
+    trials = f", {polish.trial_steps:,} of them to find the learning rate" if polish.trial_steps else ""
+    return f"{line}{trials}, {polish.step_seconds:.2g} s a step"

@@ -46,7 +46,7 @@ def run(
         str | None,
         typer.Option(
             metavar="KIND",
-            help="What the model answers: scores of classes, or values, such as boxes; found out if nothing is said.",
+            help="What the model answers: scores, values, probabilities or multilabel; found out if nothing is said.",
         ),
     ] = None,
     polish: Annotated[
@@ -54,7 +54,7 @@ def run(
         typer.Option("--polish/--no-polish", help="End the calibration with a short run of training, or not."),
     ] = None,
     polish_minutes: Annotated[
-        float | None, typer.Option(help="How long that run may take; 10 if nothing is said.")
+        float | None, typer.Option(help="How long that run may take; 30 if nothing is said.")
     ] = None,
     data_root: arguments.DataRoot = None,
     size: arguments.Size = None,

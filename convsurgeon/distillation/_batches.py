@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from convsurgeon.data import ImageSet, make_loader
 from convsurgeon.distillation import methods
 from convsurgeon.distillation._config import Training
 from convsurgeon.errors import DataError, DistillationError, one_line
-from convsurgeon.evaluation import check_head, float_leaves, is_class_scores, logits_of
+from convsurgeon.evaluation import check_head, float_leaves, logits_of
+from convsurgeon.options import parse_options
+from convsurgeon.outputs import Answers, Outputs, has_classes, look_at_outputs, why_not
 from convsurgeon.surgery import copy_module, in_mode
 
-_LOOKED_AT = 8
+_LOOKED_AT, _JUDGED = 8, 64
 _NO_LENGTH = "train must have a length, so that the schedule knows its end"
 _NO_BATCH = "train has no batch; give more images or a smaller batch size"
 
@@ -45,10 +47,16 @@ def _loader_of(train: Dataset[Any], batch_size: int) -> DataLoader[Any]:
     return DataLoader(train, batch_size=batch_size, shuffle=True, drop_last=whole, generator=torch.Generator())
 
 
-def first_batch(
-    loader: DataLoader[Any], student: nn.Module, teacher: nn.Module | None, config: Training
-) -> tuple[Tensor, int]:
-    """Return one batch of images and how many scores the student gives, checked to go together.
+class Sample(NamedTuple):
+    """One batch of images `(B, ...)`, how many scores the student gives (0: no scores), and what its outputs are."""
+
+    images: Tensor
+    classes: int
+    outputs: Outputs
+
+
+def first_batch(loader: DataLoader[Any], student: nn.Module, teacher: nn.Module | None, config: Training) -> Sample:
+    """Return one batch of images and what the student gives for them, checked to go together.
 
     Raises:
         DataError: if data and networks do not fit.
@@ -63,7 +71,7 @@ def first_batch(
     seed_all(config.seed, 0, -2)
     batch = next(iter(loader))
     if not methods.get(config.method).needs_labels:
-        return _first_images(images_of(batch), student, teacher)
+        return _first_images(batch, student, teacher, loader=loader, config=config)
     images, labels = pair(batch)
     if labels.is_floating_point() or labels.shape != images.shape[:1]:
         raise DataError(
@@ -79,11 +87,13 @@ def first_batch(
         check_head(width, len(loader.dataset.classes), data="the training data")
     else:
         check_labels(labels, width)
-    return images.cpu(), width
+    return Sample(images.cpu(), width, Outputs("scores", "the images have labels"))
 
 
-def _first_images(images: Tensor, student: nn.Module, teacher: nn.Module | None) -> tuple[Tensor, int]:
-    images = images.cpu()
+def _first_images(
+    batch: Any, student: nn.Module, teacher: nn.Module | None, *, loader: DataLoader[Any], config: Training
+) -> Sample:
+    images = images_of(batch).cpu()
     answers = [_answers(each, images, who) for each, who in ((student, "student"), (teacher, "teacher")) if each]
     shapes = [[tuple(leaf.shape) for leaf in leaves] for leaves in answers]
     if shapes[0] != shapes[-1] or not shapes[0]:
@@ -91,8 +101,35 @@ def _first_images(images: Tensor, student: nn.Module, teacher: nn.Module | None)
             f"the student answers with float tensors of shapes {shapes[0]}, the teacher with {shapes[-1]}; "
             "expected the same, and at least one"
         )
-    scores = answers[-1][0]
-    return images, scores.shape[1] if is_class_scores(scores) else 0
+    outputs = _kind(teacher or student, images, batch, loader=loader, config=config)
+    return Sample(images, answers[-1][0].shape[1] if has_classes(outputs.kind) else 0, outputs)
+
+
+def _kind(network: nn.Module, images: Tensor, batch: Any, *, loader: DataLoader[Any], config: Training) -> Outputs:
+    """What the first output is, by what the method's options say, or else by the evidence."""
+    method = methods.get(config.method)
+    options = parse_options(method.Options, config.method_options, owner=method.name)
+    probe = in_mode(copy_module(network).cpu(), training=False)
+    with torch.no_grad():
+        output = _first_leaf(probe(images[:_JUDGED].clone()))
+    said: Answers = getattr(options, "answers", "auto")
+    if reason := why_not(said, output):
+        raise DistillationError(f"{method.name}: {reason}; say answers=values")
+    labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+    known = isinstance(loader.dataset, ImageSet)
+    return look_at_outputs(
+        probe,
+        images,
+        output,
+        first=_first_leaf,
+        said=said,
+        labels=labels if isinstance(labels, Tensor) and len(labels) == len(images) else None,
+        class_names=len(loader.dataset.classes) if known else 0,  # type: ignore[attr-defined]
+    )
+
+
+def _first_leaf(answer: Any) -> Tensor:
+    return float_leaves(answer)[0]
 
 
 def check_labels(labels: Tensor, width: int) -> None:

@@ -87,12 +87,16 @@ class Run:
         if teacher is None and method_class.needs_teacher:
             raise DistillationError(f"method {config.method!r} needs a teacher, got None")
         given = teacher if method_class.needs_teacher else None
-        sample, self.classes = first_batch(loader, student, given, config)
+        sample = first_batch(loader, student, given, config)
+        self.classes = sample.classes
+        if question := sample.outputs.question("answers=scores (--method-option answers=scores)"):
+            report(Progress("distill", message=question))
         self.teacher_before = None if teacher is None else self._accuracy(teacher)
         setting = methods.Setting(
             objective=objectives.get(config.objective)(config.objective_options),
-            sample=sample,
+            sample=sample.images,
             classes=self.classes,
+            outputs=sample.outputs.kind,
             teacher_is_trained=self._is_trained(),
             seed=config.seed,
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from convsurgeon.distillation._output_form import choose_form
 from convsurgeon.distillation.objectives import AbstractObjective
 from convsurgeon.options import parse_options
+from convsurgeon.outputs import Kind
 from convsurgeon.registry import Registry
 
 _NO_DECAY = ("no_decay", "no_weight_decay", "_no_weight_decay")
@@ -34,6 +35,7 @@ class Setting:
         classes: how many scores the student gives; 0 where its answers are no class scores.
         teacher_is_trained: whether the teacher does better than chance, or None if nobody could tell.
         seed: for the method's own random numbers.
+        outputs: what the student's first output is.
     """
 
     objective: AbstractObjective
@@ -41,6 +43,7 @@ class Setting:
     classes: int
     teacher_is_trained: bool | None
     seed: int
+    outputs: Kind = "scores"
 
 
 class AbstractMethod(nn.Module, ABC):

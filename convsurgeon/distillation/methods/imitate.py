@@ -15,6 +15,15 @@ from convsurgeon.distillation._blocks import block_names
 from convsurgeon.distillation.methods._base import AbstractMethod, Lesson, Setting, register
 from convsurgeon.errors import DistillationError, OptionError
 from convsurgeon.evaluation import float_leaves
+from convsurgeon.outputs import (
+    ANSWERS,
+    Kind,
+    binary_divergence,
+    binary_divergence_of_logits,
+    fits,
+    has_classes,
+    log_probabilities,
+)
 
 
 @final
@@ -22,10 +31,11 @@ from convsurgeon.evaluation import float_leaves
 class Imitate(AbstractMethod):
     """``objective(s, t) + blocks · (1 - progress) · mean_b |s_b - t_b|² / |t_b|²``, a fixed teacher in eval mode.
 
-    `progress` runs from 0 to 1: the blocks lead at first, the answers decide in the end. Outputs that are no class
-    scores are matched by their squared error over the teacher's mean square, as the outputs of the blocks are that
-    hold converted convolutions. Half of the batches are mixed by CutMix, which needs no labels here: the teacher
-    answers for what it sees.
+    `progress` runs from 0 to 1: the blocks lead at first, the answers decide in the end. Class scores and class
+    distributions are matched by the objective; probabilities that are each of its own event, and multi-label logits,
+    by their binary divergence; other outputs by their squared error over the teacher's mean square, as the outputs of
+    the blocks are that hold converted convolutions. Half of the batches are mixed by CutMix, which needs no labels
+    here: the teacher answers for what it sees.
 
     Reference:
         Soft targets: Hinton, Vinyals, Dean, 2015, arXiv:1503.02531. Hints: Romero et al., 2014, arXiv:1412.6550.
@@ -49,8 +59,9 @@ class Imitate(AbstractMethod):
         With `full_precision` the student runs in its own float type, whatever the run's precision is, and only the
         teacher below it: on processors the gradients of depthwise convolutions are slower in bf16.
 
-        As `answers`, `scores` are matched as class distributions and `values` by their squared error; `auto` takes
-        for scores what is one row an image with some numbers below 0.
+        As `answers`, `scores` are logits of classes, `probabilities` are numbers from 0 to 1 that are matched as such
+        (as distributions where the rows sum to 1), `multilabel` are logits with a sigmoid each, and `values` are
+        matched by their squared error; `auto` finds it out.
         """
 
         blocks: float = 1.0
@@ -62,8 +73,8 @@ class Imitate(AbstractMethod):
         def __post_init__(self) -> None:
             if self.blocks < 0:
                 raise OptionError(f"imitate: option blocks must be 0 or more, got {self.blocks}")
-            if self.answers not in ("auto", "scores", "values"):
-                raise OptionError(f"imitate: option answers must be auto, scores or values, got {self.answers}")
+            if self.answers not in ANSWERS:
+                raise OptionError(f"imitate: option answers must be one of {', '.join(ANSWERS)}, got {self.answers}")
             for name in ("cutmix", "frozen_norms"):
                 if not 0 <= getattr(self, name) <= 1:
                     raise OptionError(f"imitate: option {name} must be a share from 0 to 1, got {getattr(self, name)}")
@@ -72,8 +83,11 @@ class Imitate(AbstractMethod):
         """Freeze the teacher, and find the blocks."""
         assert self.teacher is not None
         self.teacher.requires_grad_(False)
-        auto = self.options.answers == "auto"
-        self.answers_are_scores = setting.classes > 0 if auto else self.options.answers == "scores"
+        # what was said to be probabilities may have been found to be a distribution
+        found = self.options.answers in ("auto", "probabilities" if setting.outputs == "distribution" else "auto")
+        self.kind: Kind = setting.outputs if found else self.options.answers
+        if self.form.training and not self.form.modes_agree:
+            self.kind = "values"  # what is known of the outputs of eval mode says nothing of these
         self.form.apply(self.student, learns=True)
         # but for those that the network's own train() keeps in eval mode
         self.norms = [part for part in self.student.modules() if isinstance(part, _BatchNorm) and part.training]
@@ -105,14 +119,24 @@ class Imitate(AbstractMethod):
             pairs = [(s, t) for s, t in pairs if s.shape == t.shape]
             weight = self.options.blocks * (1 - self.progress) / max(1, len(pairs))
             loss = loss + weight * sum(relative_error(s, t) for s, t in pairs)
-        scores = (student[0], teacher[0]) if self.answers_are_scores else (None, None)
+        scores = (student[0], teacher[0]) if has_classes(self.kind) else (None, None)
         return Lesson(loss, *scores)
 
     def _answer_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        if self.answers_are_scores and student.dim() == 2:
-            loss: Tensor = self.objective(student, teacher)
-            return loss
-        return relative_error(student, teacher)
+        kind = self.kind if fits(self.kind, teacher) else "values"
+        loss: Tensor
+        if kind == "values":
+            return relative_error(student, teacher)
+        student, teacher = student.float(), teacher.float()
+        if kind == "scores":
+            loss = self.objective(student, teacher)
+        elif kind == "distribution":
+            rows = (log_probabilities(each).movedim(1, -1).flatten(0, -2) for each in (student, teacher))
+            loss = self.objective(*rows)
+        else:
+            apart = binary_divergence if kind == "probabilities" else binary_divergence_of_logits
+            loss = apart(student, teacher) / len(student)
+        return loss
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
