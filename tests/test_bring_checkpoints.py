@@ -178,6 +178,21 @@ def test_an_average_of_a_class_not_allowed_is_spoken_of(mynet: ModuleType) -> No
     assert note.endswith("; ema was loaded; --weights-key state_dict takes the other")
 
 
+def test_a_raw_module_of_a_class_not_allowed_gives_no_reason(mynet: ModuleType) -> None:
+    torch.save({"model": filled(mynet.Net(), RAW), "ema": state(mynet, AVERAGE)}, "w.pth")
+    note = "w.pth holds ema and model; ema was loaded; --weights-key model takes the other"
+    assert load(weights="w.pth") == (AVERAGE, [note])
+    assert "--trust-module mynet" in fails(UntrustedFileError, weights="w.pth", weights_key="model")
+
+
+def test_a_key_with_several_weights_below_it_says_which(mynet: ModuleType) -> None:
+    both = {"state_dict": state(mynet, RAW), "state_dict_ema": state(mynet, AVERAGE)}
+    torch.save({"run": {"last": both}}, "w.pth")
+    number, (note,) = load(weights="w.pth", weights_key="run.last")
+    assert number == AVERAGE
+    assert "; run.last.state_dict_ema was loaded; --weights-key run.last.state_dict takes the other" in note
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_weights_and_half_modules_become_float32(mynet: ModuleType, dtype: torch.dtype) -> None:
     half = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in state(mynet, 2).items()}

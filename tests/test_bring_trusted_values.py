@@ -66,7 +66,7 @@ class Hashed(enum.Enum):
         return 1
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=False)
 class Inner:
     depth: int = 2
 

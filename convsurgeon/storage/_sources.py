@@ -67,7 +67,8 @@ def _in_class(node: ast.ClassDef, *, called: bool) -> str | None:
         if method == "__slots__":
             return "it has __slots__"
     for decorator in node.decorator_list:
-        if isinstance(decorator, ast.Call) and any(keyword.arg == "slots" for keyword in decorator.keywords):
+        keywords = decorator.keywords if isinstance(decorator, ast.Call) else []
+        if any(each.arg == "slots" and ast.unparse(each.value) == "True" for each in keywords):
             return "it has __slots__"
     return "it is a class that the file calls" if called and not bases else None
 

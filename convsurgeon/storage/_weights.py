@@ -25,7 +25,6 @@ class Weights:
 
     Args:
         others: keys of places that are not tried, since a name there says nothing.
-        key: what the user chose, if anything.
     """
 
     path: Path
@@ -33,7 +32,6 @@ class Weights:
     unread: tuple[Entry, ...] = ()
     refused: Mapping[str, str | None] = field(default_factory=dict)
     others: tuple[str, ...] = ()
-    key: str | None = None
 
     def where(self, entry: Entry) -> str:
         """Return the file's name, with the place in it where there are several."""
@@ -43,14 +41,11 @@ class Weights:
     def say_taken(self, taken: Entry, misfit: str | None) -> str | None:
         """Say which of several was taken, and how to take another; None where there was no choice."""
         rest = [entry for entry in (*self.entries, *self.unread) if entry is not taken]
-        if not rest or self.key is not None:
+        if not rest:
             return None
-        return say_choice(self.path, taken, rest, because=misfit or self._why_unread())
-
-    def _why_unread(self) -> str | None:
-        if not self.unread:
-            return None
-        return f"{self.unread[0].key} is of a class not yet allowed: {name_flags(self.refused)}"
+        if self.unread and self.unread[0].rank < taken.rank:
+            misfit = misfit or f"{self.unread[0].key} is of a class not yet allowed: {name_flags(self.refused)}"
+        return say_choice(self.path, taken, rest, because=misfit)
 
 
 def read_weights(path: Path, *, trust: bool, trust_modules: Sequence[str], key: str | None = None) -> Weights:
@@ -84,7 +79,6 @@ def read_weights(path: Path, *, trust: bool, trust_modules: Sequence[str], key: 
         unread=tuple(entry for entry in unread if entry.is_known),
         refused=refused,
         others=tuple(others),
-        key=key,
     )
 
 

@@ -49,14 +49,14 @@ def choose_module(path: Path, found: Any, refused: Mapping[str, str | None], *, 
         raise refusal(path, refused)
     if not modules:
         raise ModelError(f"{path} holds {describe(found)}, not an nn.Module; save the model itself with torch.save")
-    if not modules[0].is_known and len(modules) > 1 and key is None:
+    if not modules[0].is_known and len(modules) > 1:
         keys = [printable(entry.key) for entry in modules]
         raise ModelError(f"{path} holds {', '.join(keys)}, all whole modules; say which: --weights-key {keys[0]}")
     taken, module = modules[0], modules[0].value
     check_tree(path, module)
     remark = f"took the whole {type(module).__name__} under {printable(taken.key)} of {path}"
     rest = [entry for entry in entries if entry is not taken and (entry.is_known or not taken.is_known)]
-    if rest and key is None:
+    if rest:
         remark = say_choice(path, taken, rest, because=_why_only_weights(path, entries[0]))
     if dtypes := _make_single(module):
         remark += f"; it was {' and '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}, now float32"
