@@ -48,6 +48,7 @@ _CLASSES = frozenset(
         "torch.ao.nn.quantized.modules.functional_modules.FloatFunctional",
         "torch.ao.quantization.stubs.DeQuantStub",
         "torch.ao.quantization.stubs.QuantStub",
+        "torch.optim.swa_utils.AveragedModel",
         "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
         "torchvision.models.detection._utils.BoxCoder",
         "torchvision.models.detection._utils.BoxLinearCoder",
