@@ -498,6 +498,8 @@ HOSTILE = {
     "enumeration created": new("Mode"),
     "member given a state": call("mynet.Mode", text("fast")) + b"}b",
     "attribute of a class": call("builtins.getattr", named("Config"), text("secret")),
+    "method of a class": call("builtins.getattr", named("Config"), text("__init__")),
+    "method of a module class": call("builtins.getattr", named("Net"), text("forward")),
     "method of an enumeration": call("builtins.getattr", named("Mode"), text("_missing_")),
     "value of an enumeration": call("builtins.getattr", named("Mode"), text("mro")),
     "attribute of a function": call("builtins.getattr", named("swish"), text("__globals__")),

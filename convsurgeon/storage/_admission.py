@@ -118,7 +118,9 @@ class Admission:
         if isinstance(outer_stand_in, HeldEnum):
             stand_in = outer_stand_in.member(attribute)
         else:
-            stand_in = self._admit_found(f"{owner}.{attribute}", inspect.getattr_static(outer, attribute, None))
+            found = inspect.getattr_static(outer, attribute, None)
+            # no methods: a file has no business with those
+            stand_in = self._admit_found(f"{owner}.{attribute}", found) if isinstance(found, type) else None
         if stand_in is not None:
             self._lookup.nested[outer_stand_in, attribute] = stand_in
         return stand_in
