@@ -354,9 +354,11 @@ def test_leftovers_under_the_prefix_are_refused(mynet: ModuleType, prefix: str) 
     )
 
 
+@pytest.mark.parametrize("classes", [4, 7])
 @pytest.mark.parametrize("prefix", ["", "model."])
-def test_a_refusal_shows_the_nearest_keys(mynet: ModuleType, prefix: str) -> None:
-    saved = {key.replace("fc.", "head."): tensor for key, tensor in state(mynet, RAW, prefix).items()}
+def test_a_refusal_shows_the_nearest_keys(mynet: ModuleType, prefix: str, classes: int) -> None:
+    raw = state(mynet, RAW, prefix, num_classes=classes)
+    saved = {key.replace("fc.", "head."): tensor for key, tensor in raw.items()}
     torch.save({**saved, "loss.weight": torch.zeros(2)}, "w.ckpt")
     said = fails(WeightsError, weights="w.ckpt")
     assert "2 missing (fc.weight, fc.bias)" in said

@@ -183,9 +183,14 @@ def enumerate_names(names: Sequence[str], *, last: str = ", ") -> str:
 
 
 def _nearest(name: str, tensor: Tensor, pool: Mapping[str, Tensor]) -> str | None:
-    """Return the name that is most like another, of the same size and last part if there are such, or None."""
+    """Return the name that is most like another, of the same last part and size if there are such, or None.
+
+    A head of another number of classes is of the same size for that.
+    """
     leaf = name.rpartition(".")[2]
-    alike = [key for key, value in pool.items() if value.shape == tensor.shape and key.rpartition(".")[2] == leaf]
+    named = {key: value for key, value in pool.items() if key.rpartition(".")[2] == leaf}
+    alike = [key for key, value in named.items() if value.shape == tensor.shape]
+    alike = alike or [key for key, value in named.items() if value.shape[1:] == tensor.shape[1:] and value.dim()]
     names, cutoff = (alike, 0.0) if alike else (list(pool), 0.6)
     near = difflib.get_close_matches(name, names[:_MOST_COMPARED], n=1, cutoff=cutoff)
     return near[0] if near else None
