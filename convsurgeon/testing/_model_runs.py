@@ -191,16 +191,23 @@ def model_law_gradients(case: ModelCase) -> None:
     assert theirs is not None
     for fqn, _, owner, op in case.converted():
         besides = taken_along(fqn, owner, op)
-        inside = [gradient for name, gradient in mine.items() if name == fqn or name.startswith(f"{fqn}.".lstrip("."))]
-        if any(gradient is not None for gradient in inside):
-            for name, parameter in op.named_parameters():
-                full = f"{fqn}.{name}".lstrip(".")
-                gradient = theirs[full]
-                unused = name in besides and mine[full] is None
-                alive = gradient is not None or unused or not parameter.requires_grad
-                require(alive, f"{fqn}.{name} gets no gradient in a training step")
-                finite = gradient is None or gradient.is_meta or bool(gradient.isfinite().all())
-                require(finite, f"{fqn}.{name} gets a gradient that is not finite in a training step")
+        bias = f"{fqn}.bias".lstrip(".")
+        learns = {  # whether the bias does, and whether anything else does: a train() may freeze one of them
+            is_bias: any(
+                gradient is not None
+                for name, gradient in mine.items()
+                if (name == fqn or name.startswith(f"{fqn}.".lstrip("."))) and (name == bias) == is_bias
+            )
+            for is_bias in (False, True)
+        }
+        for name, parameter in op.named_parameters():
+            full = f"{fqn}.{name}".lstrip(".")
+            unused = name in besides and mine[full] is None
+            gradient = theirs[full]
+            alive = gradient is not None or unused or not parameter.requires_grad or not learns[parameter is op.bias]
+            require(alive, f"{full} gets no gradient in a training step")
+            finite = gradient is None or gradient.is_meta or bool(gradient.isfinite().all())
+            require(finite, f"{full} gets a gradient that is not finite in a training step")
 
 
 def _gradients(model: nn.Module, case: ModelCase) -> dict[str, Tensor | None] | None:
