@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from convsurgeon.calibration._images import CalibrationImages
 from convsurgeon.calibration._result import PolishRun
 from convsurgeon.distillation import Augmentation, Training, distill, methods
+from convsurgeon.distillation.methods.imitate import signal_axis
 from convsurgeon.errors import DivergenceError, OptionError, one_line
 from convsurgeon.evaluation import float_leaves
 from convsurgeon.ops import AbstractCheapConv
@@ -46,7 +47,7 @@ class Polish:
         batch_size: images a step.
         learning_rate: the peak of the schedule of Muon; None for the one that does better in a short trial.
         blocks: weight of the blocks' outputs beside the answers at first; it falls to 0.
-        cutmix: share of the batches that are mixed, where the images are pictures.
+        cutmix: share of the batches that are mixed, where the images are pictures or signals.
         frozen_norms: share of the steps, at the end, in which batch norm normalises by its running statistics.
         flip: whether half of the pictures are mirrored.
     """
@@ -160,7 +161,7 @@ class _Imitation:
             method="imitate",
             method_options={
                 "blocks": settings.blocks,
-                "cutmix": settings.cutmix if pictures else 0.0,
+                "cutmix": settings.cutmix if pictures or signal_axis(train.shape) is not None else 0.0,
                 "frozen_norms": settings.frozen_norms,
                 "full_precision": _in_full_precision(self.student),
                 # found again: those that sum to 1
