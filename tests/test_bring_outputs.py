@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import convsurgeon as cs
 from convsurgeon.calibration import Polish, _polish, calibrate_and_report
-from convsurgeon.distillation import methods, objectives
+from convsurgeon.distillation import Augmentation, methods, objectives
 from convsurgeon.distillation.methods import Setting
 from convsurgeon.distillation.methods.imitate import cut_mix, signal_axis
 from convsurgeon.errors import CalibrationError, DistillationError, DivergenceError
@@ -576,3 +576,26 @@ def test_a_polish_mixes_pictures_and_signals(
     net = nn.Sequential(nn.Conv2d(shape[1], 8, (3, 1)), nn.ReLU(), nn.Conv2d(8, 8, (3, 1)), nn.Flatten()).eval()
     cs.calibrate(net, cs.rewrite(net, "group", options={"groups": 4}), torch.randn(shape), polish=QUICK)
     assert set(told) == {share}
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 64, 1), (5, 2, 1, 64), (5, 2, 64)])
+def test_signals_move_along_their_axis(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    augment = Augmentation.usual((64, 1), flip=False)
+    assert augment.shift == 8
+    signals = torch.arange(64.0).view(1, 1, *(side if side == 64 else 1 for side in shape[2:])).expand(shape)
+    moved = augment(signals)
+    assert moved.shape == signals.shape
+    steps = moved.reshape(5, 2, 64) - torch.arange(64.0)
+    assert torch.equal(steps[:, 0], steps[:, 1])
+    by = steps[:, 0, 32]  # away from the border
+    assert by.abs().max() <= 8
+    assert len(set(by.tolist())) > 1
+    assert torch.equal(moved.reshape(5, 2, 64)[:, 0], (torch.arange(64.0) + by[:, None]).clamp(0, 63))
+
+
+@pytest.mark.parametrize(
+    ("size", "shift"), [((32, 32), 4), ((28, 40), 3), ((1024, 1), 128), ((1, 80), 10), ((1, 1), 0)]
+)
+def test_the_usual_shift_is_an_eighth_of_what_can_move(size: tuple[int, int], shift: int) -> None:
+    assert Augmentation.usual(size, flip=False).shift == shift

@@ -149,7 +149,9 @@ class _Imitation:
 
     def __call__(self, steps: int, rate: float, report: Report) -> tuple[nn.Module, float]:
         settings, train = self.settings, self.train
-        pictures = train.dim() == 4 and train.shape[1] in (1, 3)
+        signals = signal_axis(train.shape) is not None
+        moved = signals or (train.dim() == 4 and train.shape[1] in (1, 3))
+        size = (train.shape[-2], train.shape[-1]) if train.dim() == 4 else (train.shape[-1], 1)
         data = TensorDataset(train)
         # one long pass, so that there are as many steps as were said
         order = RandomSampler(data, num_samples=steps * self.batch_size, generator=torch.Generator())
@@ -161,7 +163,7 @@ class _Imitation:
             method="imitate",
             method_options={
                 "blocks": settings.blocks,
-                "cutmix": settings.cutmix if pictures or signal_axis(train.shape) is not None else 0.0,
+                "cutmix": settings.cutmix if moved else 0.0,
                 "frozen_norms": settings.frozen_norms,
                 "full_precision": _in_full_precision(self.student),
                 # found again: those that sum to 1
@@ -172,9 +174,7 @@ class _Imitation:
             optimizer="muon",
             learning_rate=rate,
             seed=self.seed,
-            augmentation=Augmentation.usual((train.shape[-2], train.shape[-1]), flip=settings.flip)
-            if pictures
-            else None,
+            augmentation=Augmentation.usual(size, flip=settings.flip and not signals) if moved else None,
             report=report,
         )
         return result.student, float(result.metrics["seconds"])
