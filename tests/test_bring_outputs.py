@@ -16,12 +16,14 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import convsurgeon as cs
-from convsurgeon.calibration import Polish, calibrate_and_report
-from convsurgeon.distillation import methods, objectives
+from convsurgeon.calibration import Polish, _polish, calibrate_and_report
+from convsurgeon.distillation import Augmentation, methods, objectives
 from convsurgeon.distillation.methods import Setting
-from convsurgeon.errors import CalibrationError, DistillationError
+from convsurgeon.distillation.methods.imitate import cut_mix, signal_axis
+from convsurgeon.errors import CalibrationError, DistillationError, DivergenceError
 from convsurgeon.evaluation import float_leaves
 from convsurgeon.outputs import (
+    PreciseShares,
     Source,
     binary_divergence,
     binary_divergence_of_logits,
@@ -91,7 +93,7 @@ TASKS: dict[str, tuple[int, list[nn.Module], Loss, Tensor]] = {
 
 
 @functools.cache
-def trained(task: str, epochs: int = 4) -> nn.Module:
+def trained(task: str, epochs: int = 6) -> nn.Module:
     """Return a small network that has learned a task on digits, in eval mode."""
     width, last, loss, targets = TASKS[task]
     with torch.random.fork_rng():
@@ -145,6 +147,33 @@ def test_the_kind_of_outputs_of_trained_networks(task: str, kind: str, sure: boo
 def test_a_network_that_has_learned_nothing_is_no_classifier_by_its_numbers_alone() -> None:
     found = look(trained("ten classes", epochs=0))
     assert (found.kind, found.sure) == ("values", False)
+
+
+PAIRS = torch.randint(1400, (3000, 2), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("task", "kind"), [("hundred classes", "scores"), ("two of ten labels", "values")])
+def test_many_classes_and_labels_of_which_each_image_has_as_many(task: str, kind: str) -> None:
+    """Adam, which moves all scores of an image together; and sigmoids whose sum is the same for every image."""
+    images, numbers = torch.cat([IMAGES[side] for side in PAIRS.T], dim=3), LABELS[PAIRS]
+    several = functional.one_hot(numbers, 10).amax(1).float()
+    width, loss, targets = {
+        "hundred classes": (100, functional.cross_entropy, numbers[:, 0] * 10 + numbers[:, 1]),
+        "two of ten labels": (10, functional.binary_cross_entropy_with_logits, several),
+    }[task]
+    torch.manual_seed(0)
+    net = nn.Sequential(conv(1, 16), nn.BatchNorm2d(16), nn.ReLU(), conv(16, 32, stride=2), nn.ReLU())
+    net = nn.Sequential(net, nn.AdaptiveAvgPool2d((2, 4)), nn.Flatten(), nn.Linear(256, width))
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
+    for _ in range(6):
+        for chosen in torch.randperm(2600).split(64):
+            loss(net(images[chosen]), targets[chosen]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    net.eval()
+    with torch.no_grad():
+        outputs = net(images[2600:])
+    assert kind_of_outputs(outputs, last_operation="linear").kind == kind
 
 
 @pytest.mark.parametrize(
@@ -463,3 +492,110 @@ def test_a_polish_of_probabilities_brings_them_closer() -> None:
     divergences = [stage.divergence for stage in result.stages]
     assert divergences[-1] < 0.95 * divergences[-2] < 0.95 * divergences[0]
     assert result.stages[-1].note == ""
+
+
+@pytest.mark.parametrize(
+    "share",
+    [
+        torch.sigmoid,
+        lambda x: x.sigmoid(),
+        nn.Sigmoid(),
+        functional.sigmoid,
+        torch.special.expit,
+        nn.Softmax(1),
+        lambda x: x.softmax(1),
+        lambda x: torch.softmax(x, dim=1),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_probabilities_are_not_rounded_to_one(share: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    x = torch.tensor([[9.0, -2.0], [7.5, 0.0]], dtype=dtype)
+    with PreciseShares():
+        found = share(x)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.double(), share(x.double()))
+    assert share(x).dtype == dtype
+
+
+def test_imitation_under_autocast_sees_what_bf16_does_not() -> None:
+    """Of a teacher and a student that are both surer than 0.998, and not alike."""
+    method = imitation(trained("sigmoids"), "probabilities").eval()
+    with torch.no_grad():
+        method.student[8].bias += 9
+        method.teacher[8].bias += 7
+        exact = float(method(IMAGES[:8], LABELS[:8]).loss)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert float(method(IMAGES[:8], LABELS[:8]).loss) == pytest.approx(exact, rel=0.2)
+
+
+# --- signals
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((6, 1, 50, 1), 2),
+        ((6, 1, 1, 50), 3),
+        ((6, 12, 50, 1), 2),
+        ((6, 2, 50), 2),
+        ((6, 1, 8, 8), None),
+        ((6, 4, 1, 1), None),
+        ((6, 9), None),
+    ],
+)
+def test_signals_are_mixed_by_stretches(shape: tuple[int, ...], axis: int | None) -> None:
+    assert signal_axis(shape) == axis
+    if axis is None:
+        return
+    torch.manual_seed(0)
+    images = torch.arange(6.0).view(6, *[1] * (len(shape) - 1)).expand(shape).clone()
+    before, lengths = images.clone(), set()
+    for _ in range(20):
+        mixed = cut_mix(images)
+        assert torch.equal(images, before)
+        rows = mixed.movedim(axis, -1).reshape(6, -1, 50)[:, 0]
+        other = rows != torch.arange(6.0)[:, None]
+        assert torch.equal(rows[other], torch.arange(6.0).roll(1)[:, None].expand(6, 50)[other])
+        assert torch.equal(other, other[:1].expand(6, 50))
+        assert int(other[0].diff().sum()) <= 2  # one stretch
+        lengths.add(int(other[0].sum()))
+    assert len(lengths) > 10
+
+
+@pytest.mark.parametrize(("shape", "share"), [((16, 1, 32, 1), 0.5), ((16, 6, 32, 1), 0.5), ((16, 6, 8, 8), 0.0)])
+def test_a_polish_mixes_pictures_and_signals(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], share: float
+) -> None:
+    told: list[Any] = []
+
+    def stop(*_args: Any, **more: Any) -> Any:
+        told.append(more["method_options"]["cutmix"])
+        raise DivergenceError("enough")
+
+    monkeypatch.setattr(_polish, "distill", stop)
+    net = nn.Sequential(nn.Conv2d(shape[1], 8, (3, 1)), nn.ReLU(), nn.Conv2d(8, 8, (3, 1)), nn.Flatten()).eval()
+    cs.calibrate(net, cs.rewrite(net, "group", options={"groups": 4}), torch.randn(shape), polish=QUICK)
+    assert set(told) == {share}
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 64, 1), (5, 2, 1, 64), (5, 2, 64)])
+def test_signals_move_along_their_axis(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    augment = Augmentation.usual((64, 1), flip=False)
+    assert augment.shift == 8
+    signals = torch.arange(64.0).view(1, 1, *(side if side == 64 else 1 for side in shape[2:])).expand(shape)
+    moved = augment(signals)
+    assert moved.shape == signals.shape
+    steps = moved.reshape(5, 2, 64) - torch.arange(64.0)
+    assert torch.equal(steps[:, 0], steps[:, 1])
+    by = steps[:, 0, 32]  # away from the border
+    assert by.abs().max() <= 8
+    assert len(set(by.tolist())) > 1
+    assert torch.equal(moved.reshape(5, 2, 64)[:, 0], (torch.arange(64.0) + by[:, None]).clamp(0, 63))
+
+
+@pytest.mark.parametrize(
+    ("size", "shift"), [((32, 32), 4), ((28, 40), 3), ((1024, 1), 128), ((1, 80), 10), ((1, 1), 0)]
+)
+def test_the_usual_shift_is_an_eighth_of_what_can_move(size: tuple[int, int], shift: int) -> None:
+    assert Augmentation.usual(size, flip=False).shift == shift

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from convsurgeon.calibration._images import CalibrationImages
 from convsurgeon.calibration._result import PolishRun
 from convsurgeon.distillation import Augmentation, Training, distill, methods
+from convsurgeon.distillation.methods.imitate import signal_axis
 from convsurgeon.errors import ConvSurgeonError, DivergenceError, OptionError, one_line
 from convsurgeon.ops import AbstractCheapConv
 from convsurgeon.options import parse_options
@@ -44,7 +45,7 @@ class Polish:
         batch_size: images a step.
         learning_rate: the peak of the schedule of Muon; None for the one that does better in a short trial.
         blocks: weight of the blocks' outputs beside the answers at first; it falls to 0.
-        cutmix: share of the batches that are mixed, where the images are pictures.
+        cutmix: share of the batches that are mixed, where the images are pictures or signals.
         frozen_norms: share of the steps, at the end, in which batch norm normalises by its running statistics.
         flip: whether half of the pictures are mirrored.
     """
@@ -148,7 +149,9 @@ class _Imitation:
 
     def __call__(self, steps: int, rate: float, report: Report) -> tuple[nn.Module, float]:
         settings, train = self.settings, self.train
-        pictures = train.dim() == 4 and train.shape[1] in (1, 3)
+        signals = signal_axis(train.shape) is not None
+        moved = signals or (train.dim() == 4 and train.shape[1] in (1, 3))
+        size = (train.shape[-2], train.shape[-1]) if train.dim() == 4 else (train.shape[-1], 1)
         data = TensorDataset(train)
         # one long pass, so that there are as many steps as were said
         order = RandomSampler(data, num_samples=steps * self.batch_size, generator=torch.Generator())
@@ -160,7 +163,7 @@ class _Imitation:
             method="imitate",
             method_options={
                 "blocks": settings.blocks,
-                "cutmix": settings.cutmix if pictures else 0.0,
+                "cutmix": settings.cutmix if moved else 0.0,
                 "frozen_norms": settings.frozen_norms,
                 "full_precision": _in_full_precision(self.student),
                 # found again: those that sum to 1
@@ -171,9 +174,7 @@ class _Imitation:
             optimizer="muon",
             learning_rate=rate,
             seed=self.seed,
-            augmentation=Augmentation.usual((train.shape[-2], train.shape[-1]), flip=settings.flip)
-            if pictures
-            else None,
+            augmentation=Augmentation.usual(size, flip=settings.flip and not signals) if moved else None,
             report=report,
         )
         return result.student, float(result.metrics["seconds"])

@@ -9,6 +9,7 @@ from convsurgeon.outputs._divergence import (
 from convsurgeon.outputs._kinds import ANSWERS, Answers, Kind, Outputs, fits, has_classes, kind_of_outputs, why_not
 from convsurgeon.outputs._last_operation import last_operation
 from convsurgeon.outputs._look import look_at_outputs
+from convsurgeon.outputs._precision import PreciseShares
 from convsurgeon.outputs._sources import Source, source_of
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Answers",
     "Kind",
     "Outputs",
+    "PreciseShares",
     "Source",
     "binary_divergence",
     "binary_divergence_of_logits",

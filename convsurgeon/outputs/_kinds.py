@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from convsurgeon.outputs._sources import Source
-from convsurgeon.outputs._statistics import FEWEST_ROWS, shared_part, uniqueness
+from convsurgeon.outputs._statistics import FEWEST_ROWS, confidence, lead, shared_part, uniqueness
 
 Answers = Literal["auto", "scores", "values", "probabilities", "multilabel"]
 """What a user may say that outputs are."""
@@ -18,7 +18,10 @@ ANSWERS: tuple[str, ...] = get_args(Answers)
 _TOLERANCE = 1e-3
 _ROUGHLY = 0.1
 """In bf16, by many classes."""
-_SHARED, _UNIQUE = 0.2, 0.05
+_SHARED, _UNIQUE = 0.15, 0.05
+# of few numbers the lead says nothing: classes may be alike in pairs
+_MANY, _LEAD = 8, 2.1
+_VERY_MANY, _FAR_LEAD, _CONFIDENT, _SHARED_OF_MANY = 20, 2.6, 0.5, 0.1
 _IMAGENET = 1000
 
 
@@ -179,12 +182,28 @@ def _by_statistic(output: Tensor, last_operation: str) -> Outputs:
         return Outputs("values", f"their last operation is {last_operation or 'not known'}", sure=False)
     if len(output) < FEWEST_ROWS:
         return Outputs("values", f"{len(output)} images are too few to tell", sure=False)
-    shared = shared_part(output)
-    if shared < _SHARED and uniqueness(output) <= _UNIQUE:
-        return Outputs(
-            "scores", f"R = {shared:.2f}: what an image adds to its scores sums to 0, as a softmax leaves it"
-        )
-    return Outputs("values", f"R = {shared:.2f}, that of a trained softmax is below {_SHARED}", sure=False)
+    if _like_softmax(output):
+        return Outputs("scores", "the numbers of an image are spread as those before a trained softmax are")
+    evidence = f"R = {shared_part(output):.2f}"
+    if output.shape[1] >= _MANY:
+        evidence += f", lead = {lead(output):.1f}"
+    return Outputs("values", evidence, sure=False)
+
+
+def _like_softmax(output: Tensor) -> bool:
+    columns, shared = output.shape[1], shared_part(output)
+    if columns < _MANY:
+        return shared < _SHARED and uniqueness(output) <= _UNIQUE
+    ahead = lead(output)
+    if shared < _SHARED and uniqueness(output) <= _UNIQUE and ahead >= _LEAD:
+        return True
+    # of many classes Adam lets all scores of an image move together, a little
+    return (
+        columns >= _VERY_MANY
+        and ahead >= _FAR_LEAD
+        and confidence(output) >= _CONFIDENT
+        and shared < _SHARED_OF_MANY * columns
+    )
 
 
 def _are_shares(output: Tensor) -> bool:

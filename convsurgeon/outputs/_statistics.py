@@ -1,10 +1,14 @@
-"""A statistic that tells the logits of a softmax from other numbers.
+"""Statistics that tell the logits of a softmax from other numbers.
 
-The gradient of a cross-entropy with a softmax sums to zero over the classes of an image, so training moves the logits
-within the hyperplane of zero sum, and their mean over the classes keeps the little spread that it had at first.
+The gradient of a cross-entropy with a softmax sums to zero over the classes of an image, so gradient descent moves
+the logits within the hyperplane of zero sum, and their mean over the classes keeps the little spread that it had at
+first. Adam, whose steps do not sum to zero, moves it more where there are many classes. What tells those from other
+numbers, and a softmax from sigmoids whose labels are equally many in every image, is how far the highest is ahead.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -21,6 +25,23 @@ def shared_part(output_BK: Tensor) -> float:
     and fall together. Centered, since Adam, whose steps do not sum to zero, moves the mean of all images.
     """
     return float(_along(_centered(output_BK), torch.ones(1, output_BK.shape[1])))
+
+
+def lead(output_BK: Tensor) -> float:
+    """Return how far the highest number is ahead of the second, over the largest later gap in the upper half.
+
+    Both are means over images. Independent normal numbers have about 2; labels of which each image has several have
+    less. Infinite where there are two numbers only.
+    """
+    sorted_BK = output_BK.double().sort(dim=1, descending=True).values
+    gaps = -sorted_BK.diff(dim=1).mean(0)
+    later = gaps[1 : max(2, output_BK.shape[1] // 2)]
+    return float(gaps[0] / later.max().clamp_min(1e-30)) if len(later) else math.inf
+
+
+def confidence(output_BK: Tensor) -> float:
+    """Return the highest share (0..1) of a softmax, a mean over images: of a trained classifier, about its accuracy."""
+    return float(output_BK.double().softmax(1).amax(1).mean())
 
 
 def uniqueness(output_BK: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -18,6 +18,7 @@ from convsurgeon.evaluation import float_leaves
 from convsurgeon.outputs import (
     ANSWERS,
     Kind,
+    PreciseShares,
     binary_divergence,
     binary_divergence_of_logits,
     fits,
@@ -98,13 +99,13 @@ class Imitate(AbstractMethod):
         assert self.teacher is not None
         for norm in self.norms:
             norm.train(self.training and self.progress < 1 - self.options.frozen_norms)
-        if images.dim() == 4 and float(torch.rand(())) < self.options.cutmix:
+        if images.dim() in (3, 4) and float(torch.rand(())) < self.options.cutmix:
             images = cut_mix(images)
-        with torch.no_grad(), _outputs(self.teacher, self.blocks) as wanted:
+        with torch.no_grad(), self._precise(), _outputs(self.teacher, self.blocks) as wanted:
             # a copy: some networks prepare their input in place
             teacher = float_leaves(self.teacher(images.clone()))
         autocast = torch.autocast(images.device.type, enabled=False) if self.options.full_precision else None
-        with _outputs(self.student, self.blocks) as had, autocast or contextlib.nullcontext():
+        with self._precise(), _outputs(self.student, self.blocks) as had, autocast or contextlib.nullcontext():
             student = float_leaves(self.student(images))
         if [each.shape for each in student] != [each.shape for each in teacher]:
             raise DistillationError(
@@ -121,6 +122,11 @@ class Imitate(AbstractMethod):
             loss = loss + weight * sum(relative_error(s, t) for s, t in pairs)
         scores = (student[0], teacher[0]) if has_classes(self.kind) else (None, None)
         return Lesson(loss, *scores)
+
+    def _precise(self) -> contextlib.AbstractContextManager[Any]:
+        """Keep probabilities from being rounded to 1, which they are from 0.998 in bf16."""
+        shares = self.kind in ("probabilities", "distribution")
+        return PreciseShares() if shares else contextlib.nullcontext()
 
     def _answer_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         kind = self.kind if fits(self.kind, teacher) else "values"
@@ -152,12 +158,32 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return error.square()
 
 
-def cut_mix(images_BCHW: Tensor) -> Tensor:
-    """Put a box of each next picture into each picture of a batch; the box is the same for all."""
-    from torchvision.transforms.v2 import CutMix
+def cut_mix(images: Tensor) -> Tensor:
+    """Put a part of each next image into each image of a batch; the part is the same for all.
 
-    mixed: Tensor = CutMix(num_classes=1)(images_BCHW, torch.zeros(len(images_BCHW), dtype=torch.int64))[0]
+    It is a box of pictures `(B, C, H, W)`, and a stretch of signals, which are `(B, C, L)`, or have a side of 1.
+    """
+    axis = signal_axis(images.shape)
+    if axis is None:
+        from torchvision.transforms.v2 import CutMix
+
+        mixed: Tensor = CutMix(num_classes=1)(images, torch.zeros(len(images), dtype=torch.int64))[0]
+        return mixed
+    length = images.shape[axis]
+    stretch = int(torch.randint(length + 1, ()))
+    start = int(torch.randint(length - stretch + 1, ()))
+    mixed = images.clone()
+    mixed.narrow(axis, start, stretch).copy_(images.roll(1, 0).narrow(axis, start, stretch))
     return mixed
+
+
+def signal_axis(shape: Sequence[int]) -> int | None:
+    """Return the axis along which a batch of signals runs, or None if it is one of pictures or of something else."""
+    if len(shape) == 3:
+        return 2
+    if len(shape) == 4 and 1 in shape[2:] and max(shape[2:]) > 1:
+        return 2 if shape[3] == 1 else 3
+    return None
 
 
 @contextlib.contextmanager
