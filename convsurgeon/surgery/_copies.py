@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from convsurgeon.errors import SurveyError, one_line
+from convsurgeon.record import read_record, update_record
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -123,6 +124,7 @@ def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
                 if vars(parameter):
                     _copy_marks(parameter, memo)
         result = copy_value(model, memo, owner=type(model).__name__)
+    update_record(result, **{**read_record(model), **read_record(result)})  # a GraphModule leaves it behind
     _refuse_to_share(model, result)
     _refuse_ids(model, result)
     return result
