@@ -26,6 +26,7 @@ from convsurgeon.surgery._copies import ExampleInputs, copy_module, copy_value, 
 from convsurgeon.surgery._donors import Donor, find_donor, plain_convolution
 from convsurgeon.surgery._functional import Names
 from convsurgeon.surgery._guard import check_outputs, compare_outputs
+from convsurgeon.surgery._marks import pass_marks_on
 from convsurgeon.surgery._outside import untouched_outside
 from convsurgeon.surgery._plan import Decision, Plan, decide, with_fitted_options
 from convsurgeon.surgery._selectors import FilterFn
@@ -160,6 +161,8 @@ def _carry_out(model: nn.Module, the_plan: Plan, *, initialize: bool, report: Re
             _take_over(replaced, memo[id(replaced)], memo, dropped=donor.dropped)
     _follow_bound_methods(model, memo)
     student = copy_module(model, memo)
+    for _, donor, replaced in replacements:
+        pass_marks_on(replaced, donor.conv, memo[id(replaced)], memo)
     for decision, _, replaced in replacements:
         _see_to_it(student, decision, memo[id(replaced)], is_module=isinstance(replaced, nn.Module))
     _register_where_kernels_were(student)
