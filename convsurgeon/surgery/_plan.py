@@ -210,7 +210,7 @@ def decide(
     result = Plan(found.model, tuple(decisions))
     if not result.converted:
         reason = None if isinstance(model, Survey) else why_no_layers(model)
-        raise NothingToConvertError(reason or _nothing(result, selectors))
+        raise NothingToConvertError(f"nothing to convert: {reason}" if reason else _nothing(result, selectors))
     return result
 
 

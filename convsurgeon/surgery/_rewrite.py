@@ -298,8 +298,10 @@ def _register_where_kernels_were(student: nn.Module) -> None:
 def _record(model: nn.Module, student: nn.Module, the_plan: Plan) -> None:
     """Let the network inside of a student's wrappers remember the plan, in the names that it has there."""
     inside, path = unwrap(student)
-    prefix = "".join(f"{name}." for name in path)
-    own = _renamed(_merged(plan_of(model), the_plan), inside, lambda fqn: fqn.removeprefix(prefix))
+    own = _merged(plan_of(model), the_plan)
+    if path:
+        prefix = "".join(f"{name}." for name in path)
+        own = _renamed(own, inside, lambda fqn: fqn.removeprefix(prefix))
     update_record(inside, plan=own.to_dict())
 
 
