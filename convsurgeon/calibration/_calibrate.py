@@ -23,7 +23,7 @@ from convsurgeon.calibration._sites import CalibrationSite, sites_in_order
 from convsurgeon.errors import CalibrationError, OptionError
 from convsurgeon.outputs import ANSWERS, Answers
 from convsurgeon.progress import Progress, Report, be_silent
-from convsurgeon.surgery import copy_module, expect_module, in_mode
+from convsurgeon.surgery import copy_module, expect_module, in_mode, network_inside, refuse_without_layers
 
 Judge = Callable[[nn.Module], float]
 
@@ -95,8 +95,9 @@ def calibrate_and_report(
     started = time.monotonic()
     if answers not in ANSWERS:
         raise OptionError(f"answers must be one of {', '.join(ANSWERS)}, got {answers!r}")
-    # torch.compile wraps a network, whose parts then have other names
-    teacher, student = (getattr(network, "_orig_mod", network) for network in (teacher, student))
+    # a wrapper gives the parts of its network other names
+    teacher = network_inside(teacher, role="the teacher", stage="calibrate", report=report)
+    student = network_inside(student, role="the student", stage="calibrate", report=report)
     for network in (teacher, student):
         refuse_calibration(network, polish=polish, seed=seed)
     seed = int(seed)
@@ -123,10 +124,7 @@ def refuse_calibration(network: nn.Module, *, polish: bool | Polish, seed: int) 
     if isinstance(seed, bool) or not isinstance(seed, SupportsIndex) or not 0 <= seed.__index__() < 2**32:
         raise OptionError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
     expect_module(network)
-    if isinstance(network, torch.jit.ScriptModule):
-        raise CalibrationError(
-            f"a {type(network).__name__} of TorchScript cannot be calibrated; give the network itself"
-        )
+    refuse_without_layers(network, role="this cannot be calibrated", error=CalibrationError)
     if polish:
         _refuse_low_precision(network)
 

@@ -27,7 +27,7 @@ from convsurgeon.errors import ExportError, SurveyError, one_line
 from convsurgeon.files import refuse_to_overwrite, write_atomically
 from convsurgeon.progress import Progress, Report, be_silent
 from convsurgeon.record import read_record
-from convsurgeon.surgery import copy_module, expect_module, in_mode
+from convsurgeon.surgery import copy_module, in_mode, network_inside, refuse_without_layers
 
 _LARGEST_FILE = 2_000_000_000  # bytes; protobuf ends at 2 GiB
 _STAGES = ("copy", "trace", "write", "compare")
@@ -96,7 +96,9 @@ def export(
         DataError: if the images do not fit.
         OutputError: if the file exists or cannot be written.
     """
-    expect_module(student)
+    student = network_inside(student, role="the student", stage="export", report=report)
+    if isinstance(student, torch.jit.ScriptModule):
+        refuse_without_layers(student, role="this cannot be exported", error=ExportError)
     path = Path(path)
     if path.suffix != ".onnx":
         raise ExportError(f"{path} must end in .onnx; try {path.with_suffix('.onnx')}")

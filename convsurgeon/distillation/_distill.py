@@ -17,6 +17,8 @@ from convsurgeon.distillation._loop import DistillResult, Run
 from convsurgeon.distillation._run_folder import RunFolder
 from convsurgeon.errors import DistillationError
 from convsurgeon.progress import Report, be_silent
+from convsurgeon.record import read_record, update_record
+from convsurgeon.surgery import network_inside, refuse_without_layers
 
 
 def distill(
@@ -75,6 +77,12 @@ def distill(
         UnknownNameError: for a method or objective that does not exist.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written at the end of the step.
     """
+    if teacher is not None:
+        teacher = network_inside(teacher, role="the teacher", stage="distill", report=report)
+        if isinstance(teacher, torch.jit.ScriptModule):
+            refuse_without_layers(teacher, role="the teacher cannot be copied and trained", error=DistillationError)
+    student = network_inside(student, role="the student", stage="distill", report=report)
+    refuse_without_layers(student, role="the student cannot be trained", error=DistillationError)
     usual_rate, usual_momentum = USUAL_RATES.get(optimizer, (1.0, 0.0))  # an unknown one is refused below
     config = Training(
         method=method,
@@ -108,7 +116,10 @@ def distill(
         if run_dir is not None:
             folder = RunFolder(run_dir, config.to_dict(), resume=resume, tensorboard=tensorboard)
         try:
-            return run.go(folder, resume=resume, checkpoint_seconds=checkpoint_seconds)
+            result = run.go(folder, resume=resume, checkpoint_seconds=checkpoint_seconds)
         finally:
             if folder is not None:
                 folder.close()
+    # a copy of a GraphModule leaves it behind
+    update_record(result.student, **{**read_record(student), **read_record(result.student)})
+    return result

@@ -11,10 +11,11 @@ from torch import nn
 
 from convsurgeon.errors import ConvSurgeonError, ModelError, OutputError, one_line
 from convsurgeon.files import refuse_to_overwrite, write_atomically
+from convsurgeon.progress import Report, be_silent
 from convsurgeon.record import read_record
 from convsurgeon.storage._programs import ExampleInputs, is_exported, write_program
 from convsurgeon.storage._students import write_student
-from convsurgeon.surgery import expect_module
+from convsurgeon.surgery import network_inside, why_no_layers
 
 _PICKLED = (".pt", ".pth")
 _NAMED = ".safetensors"
@@ -23,8 +24,8 @@ _EXPORTED = ".pt2"
 
 def refuse_to_save(student: nn.Module, path: str | Path, *, force: bool = False) -> Path:
     """Return the path, or raise what `save` would raise before it writes anything."""
-    expect_module(student)
     path = Path(path)
+    student = _to_write(student, path, report=be_silent)
     if path.suffix not in (*_PICKLED, _NAMED, _EXPORTED):
         raise ModelError(
             f"{path}: a model is saved as .safetensors (name, plan and weights), .pt (pickled module) "
@@ -36,6 +37,8 @@ def refuse_to_save(student: nn.Module, path: str | Path, *, force: bool = False)
             f"{type(student).__name__} was not; save it as {path.with_suffix('.pt').name}"
         )
     if path.suffix in _PICKLED:
+        if reason := why_no_layers(student):
+            raise ModelError(f"{path}: {reason}")
         _refuse_programs(student, path)
         _refuse_script_classes(student, path)
     refuse_to_overwrite(path, force=force)
@@ -43,7 +46,12 @@ def refuse_to_save(student: nn.Module, path: str | Path, *, force: bool = False)
 
 
 def save(
-    student: nn.Module, path: str | Path, *, force: bool = False, example_inputs: ExampleInputs | None = None
+    student: nn.Module,
+    path: str | Path,
+    *,
+    force: bool = False,
+    example_inputs: ExampleInputs | None = None,
+    report: Report = be_silent,
 ) -> Path:
     """Write a student, or another model, so that `load` finds it again, and return the path.
 
@@ -54,6 +62,7 @@ def save(
 
     Args:
         example_inputs: for `.pt2`, what the network takes, where its record does not say.
+        report: is told where a wrapper, such as `nn.DataParallel`, is left out, which only a pickle can hold.
 
     Raises:
         SurveyError: for what is no model.
@@ -61,6 +70,7 @@ def save(
         OutputError: if the file exists and `force` is not given, the folder cannot be written to, or the disk is full.
     """
     path = refuse_to_save(student, path, force=force)
+    student = _to_write(student, path, report=report)
 
     def write(temporary: Path) -> None:
         if path.suffix == _EXPORTED:
@@ -79,6 +89,13 @@ def save(
         if (problem := _of_the_disk(error)) is not None:
             raise OutputError(f"cannot write {path}: {problem}") from error
         raise ModelError(f"{type(student).__name__} cannot be saved as {path}: {one_line(error)}") from error
+
+
+def _to_write(student: nn.Module, path: Path, *, report: Report) -> nn.Module:
+    """Return what a file of that kind can hold: in a pickle the model with its wrappers, else the network inside."""
+    if path.suffix in _PICKLED and isinstance(student, nn.Module):
+        return student
+    return network_inside(student, role="the model", stage="save", report=report)
 
 
 def _of_the_disk(error: BaseException) -> str | None:

@@ -11,6 +11,7 @@ from convsurgeon.surgery._rewrite import check_outputs, plan_of, rebuild, rewrit
 from convsurgeon.surgery._selectors import NO_OP
 from convsurgeon.surgery._sites import Site
 from convsurgeon.surgery._survey import Survey, survey
+from convsurgeon.surgery._wrappers import network_inside, refuse_without_layers, unwrap, why_no_layers
 
 __all__ = [
     "NO_OP",
@@ -34,12 +35,16 @@ __all__ = [
     "in_mode",
     "mac_ratio",
     "named_leaves",
+    "network_inside",
     "plan",
     "plan_of",
     "rebuild",
+    "refuse_without_layers",
     "rewrite",
     "survey",
     "totals",
     "trace_graph",
     "untouched_random_state",
+    "unwrap",
+    "why_no_layers",
 ]

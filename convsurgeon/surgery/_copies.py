@@ -17,6 +17,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from convsurgeon.errors import SurveyError, one_line
+from convsurgeon.record import read_record, update_record
+from convsurgeon.surgery._marks import copy_marks
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -121,8 +123,9 @@ def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
         for module in copied:
             for parameter in module.parameters(recurse=False):
                 if vars(parameter):
-                    _copy_marks(parameter, memo)
+                    copy_marks(parameter, memo)
         result = copy_value(model, memo, owner=type(model).__name__)
+    update_record(result, **{**read_record(model), **read_record(result)})  # a GraphModule leaves it behind
     _refuse_to_share(model, result)
     _refuse_ids(model, result)
     return result
@@ -191,18 +194,6 @@ def _copy_storage(tensor: Tensor, memo: dict[Any, Any]) -> None:
     if key not in storages:
         memo[id(tensor)] = tensor.clone()
         storages[key] = memo[id(tensor)].untyped_storage()
-
-
-def _copy_marks(parameter: nn.Parameter, memo: dict[int, Any]) -> None:
-    """Give the copy of a parameter its attributes; what hangs on a parameter and cannot be copied is shared."""
-    copied = memo.get(id(parameter))
-    if not isinstance(copied, nn.Parameter) or vars(copied):
-        return
-    for name, value in vars(parameter).items():
-        try:
-            setattr(copied, name, copy.deepcopy(value, memo))
-        except Exception:  # a lock, an open file
-            setattr(copied, name, value)
 
 
 def copy_value(value: T, memo: dict[int, Any], *, owner: str) -> T:

@@ -13,6 +13,7 @@ from torch import nn
 from convsurgeon import ops
 from convsurgeon.errors import NothingToConvertError, PlanError, SurveyError, UnsupportedConvError, one_line
 from convsurgeon.ops import AbstractCheapConv
+from convsurgeon.progress import be_silent
 from convsurgeon.spec import ConvSpec
 from convsurgeon.surgery._copies import ExampleInputs
 from convsurgeon.surgery._functional import dense_kernel
@@ -20,11 +21,12 @@ from convsurgeon.surgery._parsing import expect_keys, finite, is_text, parse_pla
 from convsurgeon.surgery._selectors import NO_OP, FilterFn, Selectors
 from convsurgeon.surgery._sites import Site, find_module
 from convsurgeon.surgery._survey import Survey, survey
+from convsurgeon.surgery._wrappers import module_of, why_no_layers
 
 _FORMAT, _VERSION = "convsurgeon-plan", 1
 # an input so large that borders do not matter: costs are compared by geometry and stride alone
 _NOMINAL_SIZE = 1024
-_CONVERTED, _REFUSED = "converted", " refused"
+_CONVERTED, _REFUSED, _NOT_STANDARD = "converted", " refused", "not standard"
 # the labels of what is kept by default only, and by no limit of the op's
 _OVERRIDABLE = ("stem", "no gain")
 
@@ -169,8 +171,9 @@ def plan(
         if filter_fn is not None:
             raise SurveyError("filter_fn needs the model, not its survey: call plan(model, filter_fn=...)")
         found = model
-    elif found is None:
-        found = survey(model, example_inputs=example_inputs)
+    else:
+        model = module_of(model, report=be_silent)
+        found = found or survey(model, example_inputs=example_inputs)
     return decide(
         found,
         model,
@@ -206,7 +209,8 @@ def decide(
         decisions.append(_decide(site, selectors, model) if passed else _keep(site, "filtered", "filter_fn said no"))
     result = Plan(found.model, tuple(decisions))
     if not result.converted:
-        raise NothingToConvertError(_nothing(result, selectors))
+        reason = None if isinstance(model, Survey) else why_no_layers(model)
+        raise NothingToConvertError(f"nothing to convert: {reason}" if reason else _nothing(result, selectors))
     return result
 
 
@@ -251,7 +255,7 @@ def _impossible(site: Site) -> tuple[str, str] | None:
     if site.op is not None:
         return "converted already", f"it is a cheap convolution already: {site.op}"
     if site.obstacle is not None or site.spec is None:
-        return "not standard", site.obstacle or "it is not a Conv2d"
+        return _NOT_STANDARD, site.obstacle or "it is not a Conv2d"
     return None
 
 
@@ -320,7 +324,11 @@ def _nothing(result: Plan, selectors: Selectors) -> str:
 
 
 def _one_refusal(result: Plan, label: str) -> str:
-    """Return the op's own sentence in brackets, where it is the same for all that it refused."""
+    """Return the reason in brackets, where it is the same for all that an op refused, or that are not standard."""
+    if label == _NOT_STANDARD:
+        reasons = {decision.reason for decision in result.decisions if decision.label == label}
+        first = next(decision for decision in result.decisions if decision.label == label)
+        return f" ({first.reason})" if len(reasons) == 1 else f" (such as {first.fqn}: {first.reason})"
     reasons = {decision.reason.split(": ", 1)[-1] for decision in result.decisions if decision.label == label}
     return f" ({reasons.pop()})" if label.endswith(_REFUSED) and len(reasons) == 1 else ""
 

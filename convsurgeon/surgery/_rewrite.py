@@ -8,7 +8,7 @@ dict or attribute that held the convolution, and no dense weight that goes is ev
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MethodType
 from typing import Any
@@ -26,12 +26,14 @@ from convsurgeon.surgery._copies import ExampleInputs, copy_module, copy_value, 
 from convsurgeon.surgery._donors import Donor, find_donor, plain_convolution
 from convsurgeon.surgery._functional import Names
 from convsurgeon.surgery._guard import check_outputs, compare_outputs
+from convsurgeon.surgery._marks import pass_marks_on
 from convsurgeon.surgery._outside import untouched_outside
 from convsurgeon.surgery._plan import Decision, Plan, decide, with_fitted_options
 from convsurgeon.surgery._selectors import FilterFn
 from convsurgeon.surgery._sites import describe, shared_weights, walk
 from convsurgeon.surgery._survey import look
 from convsurgeon.surgery._weights import WEIGHT_WRITERS
+from convsurgeon.surgery._wrappers import module_of, unwrap
 
 __all__ = ["check_outputs", "plan_of", "rebuild", "rewrite"]
 
@@ -87,6 +89,7 @@ def rewrite(
           (pointwise): Conv2d(8, 8, kernel_size=(1, 1), stride=(1, 1))
         )
     """
+    model = module_of(model, report=report)
     if isinstance(to, Plan):
         if keep or only or mapping or pointwise or options or filter_fn:
             raise PlanError("a plan is carried out as it is; change its decisions instead of giving selectors")
@@ -119,16 +122,23 @@ def rebuild(model: nn.Module, the_plan: Plan) -> nn.Module:
 def plan_of(student: nn.Module) -> Plan | None:
     """Return the plan that made a student, or None for a model that was not rewritten.
 
+    That of a wrapped student, such as an `nn.DataParallel` of it, has the names that its convolutions have there.
+
     Raises:
         SurveyError: for what is no model.
     """
-    expect_module(student)
-    data = read_record(student).get("plan")
-    return None if data is None else Plan.from_dict(data)
+    inside, path = unwrap(student)
+    expect_module(inside)
+    data = read_record(inside).get("plan")
+    if data is None:
+        return None
+    prefix = "".join(f"{name}." for name in path)
+    found = Plan.from_dict(data)
+    return _renamed(found, student, lambda fqn: f"{prefix}{fqn}".rstrip(".")) if path else found
 
 
 def _carry_out(model: nn.Module, the_plan: Plan, *, initialize: bool, report: Report) -> nn.Module:
-    expect_module(model)
+    model = module_of(model, report=be_silent)
     with untouched_outside(model):
         replacements = _find_donors(model, the_plan)
     memo: dict[int, Any] = {}
@@ -151,10 +161,12 @@ def _carry_out(model: nn.Module, the_plan: Plan, *, initialize: bool, report: Re
             _take_over(replaced, memo[id(replaced)], memo, dropped=donor.dropped)
     _follow_bound_methods(model, memo)
     student = copy_module(model, memo)
+    for _, donor, replaced in replacements:
+        pass_marks_on(replaced, donor.conv, memo[id(replaced)], memo)
     for decision, _, replaced in replacements:
         _see_to_it(student, decision, memo[id(replaced)], is_module=isinstance(replaced, nn.Module))
     _register_where_kernels_were(student)
-    update_record(student, plan=_merged(plan_of(model), the_plan).to_dict())
+    _record(model, student, the_plan)
     return student
 
 
@@ -281,6 +293,21 @@ def _register_where_kernels_were(student: nn.Module) -> None:
                     del tensors[name]
                     module._non_persistent_buffers_set.discard(name)
                     module._modules[name] = value.train(module.training)
+
+
+def _record(model: nn.Module, student: nn.Module, the_plan: Plan) -> None:
+    """Let the network inside of a student's wrappers remember the plan, in the names that it has there."""
+    inside, path = unwrap(student)
+    own = _merged(plan_of(model), the_plan)
+    if path:
+        prefix = "".join(f"{name}." for name in path)
+        own = _renamed(own, inside, lambda fqn: fqn.removeprefix(prefix))
+    update_record(inside, plan=own.to_dict())
+
+
+def _renamed(the_plan: Plan, model: nn.Module, rename: Callable[[str], str]) -> Plan:
+    decisions = tuple(replace(decision, fqns=tuple(map(rename, decision.fqns))) for decision in the_plan.decisions)
+    return replace(the_plan, model=type(model).__name__, decisions=decisions)
 
 
 def _merged(before: Plan | None, after: Plan) -> Plan:

@@ -12,7 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from convsurgeon.errors import SurveyError
 from convsurgeon.ops import AbstractCheapConv
-from convsurgeon.surgery._copies import ExampleInputs, expect_module, in_mode, shadow
+from convsurgeon.progress import be_silent
+from convsurgeon.surgery._copies import ExampleInputs, in_mode, shadow
 from convsurgeon.surgery._examples import at_least_two, generated_inputs
 from convsurgeon.surgery._expected import Expected, not_trained
 from convsurgeon.surgery._functional import Finding, Names, functional_sites, read_by_others
@@ -21,6 +22,7 @@ from convsurgeon.surgery._observation import Run, observe, written_kernels
 from convsurgeon.surgery._outside import untouched_outside
 from convsurgeon.surgery._sites import Site, describe, shared_weights, walk
 from convsurgeon.surgery._switching import convolutions, replaced_convolutions, switch_modes
+from convsurgeon.surgery._wrappers import module_of
 
 _STEM_CHANNELS = 4
 
@@ -68,7 +70,7 @@ def look(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Survey
 
     The second is None without an example input, and where nothing looks as if it could be converted.
     """
-    expect_module(model)
+    model = module_of(model, report=be_silent)
     with untouched_outside(model):
         return _look(model, example_inputs)
 
