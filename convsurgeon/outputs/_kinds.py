@@ -21,7 +21,8 @@ _ROUGHLY = 0.1
 _SHARED, _UNIQUE = 0.15, 0.05
 # of few numbers the lead says nothing: classes may be alike in pairs
 _MANY, _LEAD = 8, 2.1
-_VERY_MANY, _FAR_LEAD, _CONFIDENT, _SHARED_OF_MANY = 20, 2.6, 0.5, 0.1
+# where the highest is far ahead the rest may move together more, of very many classes in proportion
+_FAR_LEAD, _CONFIDENT, _SHARED_IF_FAR, _VERY_MANY, _SHARED_EACH = 2.4, 0.5, 0.25, 20, 0.1
 _IMAGENET = 1000
 
 
@@ -197,13 +198,9 @@ def _like_softmax(output: Tensor) -> bool:
     ahead = lead(output)
     if shared < _SHARED and uniqueness(output) <= _UNIQUE and ahead >= _LEAD:
         return True
-    # of many classes Adam lets all scores of an image move together, a little
-    return (
-        columns >= _VERY_MANY
-        and ahead >= _FAR_LEAD
-        and confidence(output) >= _CONFIDENT
-        and shared < _SHARED_OF_MANY * columns
-    )
+    # Adam lets all scores of an image move together, a little
+    most = _SHARED_EACH * columns if columns >= _VERY_MANY else _SHARED_IF_FAR
+    return ahead >= _FAR_LEAD and confidence(output) >= _CONFIDENT and shared < most
 
 
 def _are_shares(output: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,7 @@ def last_operation(run: Callable[[], Tensor]) -> str:
     Args:
         run: gives the tensor; called once, without gradients.
     """
-    with torch.no_grad(), _Trace() as trace:
+    # torch imports libraries for its first trace that change the filter of warnings
+    with warnings.catch_warnings(), torch.no_grad(), _Trace() as trace:
         found = run()
     return trace.made[id(found)][1].name() if id(found) in trace.made else ""
