@@ -181,6 +181,8 @@ def why_refused(name: str, call: int | None) -> str | None:
     """
     module, _, attribute = name.rpartition(".")
     top = module.partition(".")[0]
+    if "__main__" in module.split("."):  # that of this program is another
+        return None
     if any(is_under(module, prefix) for prefix in PREFIXES) or top in sys.stdlib_module_names:
         return ""
     if call not in (None, 0, 1):
