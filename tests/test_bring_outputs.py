@@ -278,6 +278,19 @@ def test_shape_and_range(output: Tensor, kind: str) -> None:
     assert kind_of_outputs(output, last_operation="linear").kind == kind
 
 
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [
+        (None, "values"),
+        (torch.randint(2, (32, 4)), "probabilities"),
+        (torch.arange(32) % 4, "probabilities"),
+        (torch.rand(32, 4), "values"),
+    ],
+)
+def test_a_sigmoid_that_nobody_sees_is_told_by_labels(labels: Tensor | None, kind: str) -> None:
+    assert kind_of_outputs(torch.rand(32, 4), last_operation="reciprocal", labels=labels).kind == kind
+
+
 def test_few_images_tell_nothing() -> None:
     output = look_at_outputs  # the trained classifier's scores, of some images only
     net = trained("ten classes")

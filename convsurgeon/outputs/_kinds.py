@@ -88,12 +88,14 @@ def kind_of_outputs(
         if said == "probabilities":
             return Outputs("distribution" if _sums_to_one(output) else "probabilities", evidence)
         return Outputs(said, evidence)
-    found = _by_range(output, last_operation) or _by_labels(output, labels, class_names)
-    if found is None:
-        found = _by_source(output, source or Source()) or _by_statistic(output, last_operation)
-    if found.kind == "multilabel" and _are_shares(output):
-        return replace(found, kind="probabilities")
-    return found
+    if found := _by_range(output, last_operation):
+        return found
+    found = _by_labels(output, labels, class_names)
+    if _are_shares(output):
+        if found is None:
+            return Outputs("values", "all numbers are from 0 to 1, do not sum to 1, and no sigmoid was seen")
+        return replace(found, kind="values" if found.kind == "values" else "probabilities")
+    return found or _by_source(output, source or Source()) or _by_statistic(output, last_operation)
 
 
 def why_not(kind: str, output: Tensor) -> str | None:
@@ -132,8 +134,6 @@ def _by_range(output: Tensor, last_operation: str) -> Outputs | None:
         return Outputs("scores", "the last operation is a log-softmax")
     if last_operation == "tanh":
         return Outputs("values", "the last operation is a tanh")
-    if _are_shares(output):
-        return Outputs("values", "all numbers are from 0 to 1, and do not sum to 1")
     norms = output.norm(dim=1)
     if len(norms) > 1 and bool((norms - norms.mean()).abs().max() <= _TOLERANCE * norms.mean()):
         return Outputs("values", "all rows have the same length, as embeddings have")

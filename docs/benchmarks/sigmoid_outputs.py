@@ -1,10 +1,10 @@
 """Calibration of a network whose outputs are sigmoids: pitch of synthetic tones in 360 bins.
 
-    python docs/benchmarks/sigmoid_outputs.py --rows '{}' '{"polish": {"steps": 500}}'
+    python docs/benchmarks/sigmoid_outputs.py --rows '{}' '{"seed": 1, "polish": {"steps": 600}}'
 
 trains a network of the kind of the pitch estimator CREPE (once a seed; kept), converts it by `group` in 4 groups, and
-calibrates it with tones without labels, once for each row of settings that is not in the results yet. Appends one
-JSON line a row: raw pitch accuracy (the highest output within 50 cents of the pitch) on 4,096 tones that nothing
+calibrates it with tones without labels, once for each row of settings, two seeds if none is given. Appends one JSON
+line a row: raw pitch accuracy (the highest output within 50 cents of the pitch) on 4,096 tones that nothing
 else has seen, of the teacher and after each stage. They decide nothing.
 
 Reference:
