@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from convsurgeon.data import DataSplits, ImageSet, make_loader
 from convsurgeon.errors import DataError, ModelError, OptionError, one_line
 from convsurgeon.progress import Progress, Report, be_silent
-from convsurgeon.surgery import copy_module
+from convsurgeon.surgery import copy_module, unwrap
 
 Scorer = Callable[[Tensor], Tensor]
 """From a float batch of images to their logits `(B, K)`."""
@@ -199,6 +199,7 @@ def _scoring(model: Any, device: torch.device | str | None) -> Iterator[Scorer]:
     """A function from images to logits, of a model that is put into eval mode meanwhile."""
     if isinstance(model, str | Path):
         model = _open_session(Path(model))
+    model, _ = unwrap(model)
     if isinstance(model, nn.Module):
         with _evaluating(model, device) as score:
             yield score
@@ -227,7 +228,8 @@ def _evaluating(module: nn.Module, device: torch.device | str | None) -> Iterato
 
     modes = [(each, each.training) for each in module.modules()]
     try:
-        module.eval()
+        with contextlib.suppress(NotImplementedError):  # a program of torch.export stays in the mode of its export
+            module.eval()
         # no_grad and not inference_mode: a network that caches a tensor in forward must stay trainable
         with torch.no_grad():
             yield score

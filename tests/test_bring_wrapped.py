@@ -130,6 +130,21 @@ def test_a_second_rewrite_remembers_both(kind):
         }
 
 
+@pytest.mark.parametrize("kind", [*WRAPPED, *PLAIN, *NO_MODULE, *WITHOUT_LAYERS])
+def test_evaluate(kind):
+    model = make(kind) if kind not in WITHOUT_LAYERS else WITHOUT_LAYERS[kind][0]()
+    network = unwrap(model)[0]
+    modes = [module.training for module in network.modules()]
+    found = cs.evaluate(model, data(), teacher=model)
+    assert [module.training for module in network.modules()] == modes
+    if kind not in ("exported", "scripted", "traced"):
+        network.eval()
+    with torch.no_grad():
+        right = (network(images()).argmax(1) == torch.arange(24) % 4).float().mean()
+    assert found.accuracy == pytest.approx(float(right))
+    assert found.agreement == 1
+
+
 SIDES = {"both": (True, True), "teacher": (True, False), "student": (False, True)}
 
 
