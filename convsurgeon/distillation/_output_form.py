@@ -22,7 +22,7 @@ from convsurgeon.evaluation import float_leaves
 from convsurgeon.surgery import copy_module, in_mode, untouched_random_state
 
 _LAYERS_OF = ("torch.nn.", "torchvision.ops.", "timm.layers.")
-_LOOKED_AT = 4
+_LOOKED_AT = 2
 _LINKS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda leaf: leaf,
     lambda leaf: leaf.softmax(1),
@@ -134,7 +134,7 @@ class _Look:
             try:
                 with torch.enable_grad():
                     leaves = float_leaves(self.network(self.images.clone()))
-                    again = float_leaves(self.network(self.images.clone()))
+                    again = float_leaves(self.network(self.images.clone())) if training else leaves
             except Exception as error:  # whatever a forward of the user's raises
                 return f"the network fails: {one_line(error)}"
             written = {
