@@ -228,10 +228,7 @@ def choose_preprocessing(
         return wanted, _assumption(who, assumed, f"taken from {data}")
     channels, *size = input_shape[1:] if input_shape is not None and len(input_shape) == 4 else (3,)
     if "size" not in said and not size:
-        raise OptionError(
-            f"the size of the images that {who} takes is not known, and pictures in {data} may have any; "
-            "say it: --size H or --size H,W"
-        )
+        raise OptionError(f"the size of the images that {who} takes is not known; say it: --size H or --size H,W")
     height, width = size or (1, 1)  # the flag replaces it
     base = Preprocessing((height, width), IMAGENET_MEAN, IMAGENET_STD)
     if channels == 1:

@@ -7,6 +7,7 @@ pickling and saving, and so that reading it back never needs a class of ours:
   or `{"file": "net.pt"}`, where it was unpickled
 - `plan`: the plan that made it, as `Plan.to_dict()` gives it
 - `preprocessing`: what a picture becomes before the model sees it
+- `preprocessing_of`: the library whose own weights that is known of, where these weights are others
 - `classes`: its class labels in the order of its outputs
 - `input_shape`: a batch shape that it is known to accept, such as `[1, 3, 224, 224]`
 """

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from command import forget_mynet, mynet, write_pictures
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -88,7 +89,7 @@ def _basicsr(net: nn.Module) -> Any:
 
 
 def _yolo(net: nn.Module) -> Any:
-    half = copy.deepcopy(net).half()
+    half = copy.deepcopy(net).half().requires_grad_(False)
     return {"epoch": -1, "best_fitness": None, "model": half, "ema": copy.deepcopy(half), "updates": 7, "date": "today"}
 
 
@@ -145,6 +146,7 @@ def write_brought(folder: Path) -> Path:
     (folder / "company.py").write_text(PARTS)
     for name, made in WRITTEN.items():
         torch.save(made(net), folder / name)
+    torch.save(torchvision.models.resnet18(num_classes=3).state_dict(), folder / "resnet.pth")
     forget_mynet()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated

@@ -493,10 +493,24 @@ def test_a_teacher_that_is_missing_or_does_not_fit() -> None:
         cs.distill(tiny(channels=3), tiny(), TRAIN, method="joint", **QUICK)
 
 
-def test_a_student_with_nothing_to_train() -> None:
+@pytest.mark.parametrize("method", ["supervised", "joint", "frozen", "imitate"])
+def test_a_student_that_is_frozen_as_a_whole_is_trained(method: str) -> None:
+    teacher, said = tiny(1).requires_grad_(False), []
     student = tiny().requires_grad_(False)
+    result = cs.distill(teacher, student, TRAIN, method=method, report=said.append, **QUICK)
+    assert [each.message for each in said if "requires_grad=False" in each.message] == [
+        "every parameter of the student has requires_grad=False, as in an average of weights: all are trained"
+    ]
+    assert not torch.equal(result.student.conv2.weight, student.conv2.weight)
+    assert not any(parameter.requires_grad for parameter in (*student.parameters(), *result.student.parameters()))
+    if result.teacher is not None:
+        assert torch.equal(result.teacher.conv2.weight, teacher.conv2.weight)
+
+
+def test_a_student_with_nothing_to_train() -> None:
+    student = nn.Flatten()
     with pytest.raises(DistillationError, match="there is nothing to train"):
-        cs.distill(None, student, TRAIN, method="supervised", **QUICK)
+        cs.distill(None, student, TensorDataset(torch.randn(8, 4), torch.arange(8) % 4), method="supervised", **QUICK)
 
 
 def test_a_network_without_a_graph_cannot_join_an_ensemble() -> None:

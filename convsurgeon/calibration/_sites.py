@@ -86,8 +86,10 @@ def _run(network: nn.Module, sample: Tensor, who: str) -> None:
 def _site(teacher: nn.Module, fqn: str, op: AbstractCheapConv, calls: int) -> CalibrationSite:
     kernel, partner = dense_kernel(teacher, fqn), _partner(teacher, fqn)
     if kernel is None or not isinstance(partner, nn.Module | Tensor):
+        longer = next((name for name, _ in teacher.named_modules() if name.endswith(f".{fqn}")), None)
+        hint = f"; it has {longer!r}: give its {longer.removesuffix(f'.{fqn}')}" if longer else ""
         raise CalibrationError(
-            f"the teacher has no convolution {fqn!r}; give the network that the student was made from"
+            f"the teacher has no convolution {fqn!r}{hint}; give the network that the student was made from"
         )
     expected = (op.out_channels, op.in_channels, *op.kernel_size)
     if tuple(kernel.shape) != expected:

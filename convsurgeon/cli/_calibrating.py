@@ -125,7 +125,7 @@ class CalibrationRequest:
 
         used = getattr(loaded[0], "preprocessing", None)
         if used is not None:
-            update_record(student, preprocessing=used.to_dict())
+            update_record(student, preprocessing=used.to_dict(), preprocessing_of=None)
 
 
 def shape_of(loaded: tuple[Any, bool]) -> str | None:

@@ -68,6 +68,9 @@ class PreprocessingFlags:
             data=data,
             input_shape=shapes[0] if shapes else None,
         )
+        library = None if first is None else networks[first].get("preprocessing_of")
+        if library and wanted.crop != 1 and self.crop is None:
+            remark = f"crop {wanted.crop:.4g} is that of {library}'s own weights; --crop none, if yours had none"
         if remark is not None:
             say(f"note: {remark}")
         return wanted

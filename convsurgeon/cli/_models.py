@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,11 +125,21 @@ def example_for(model: nn.Module, input_shape: str | None) -> Tensor | None:
     from convsurgeon.record import read_record
     from convsurgeon.surgery import example_like
 
-    shape = read_record(model).get("input_shape") if input_shape is None else parse_shape(input_shape)
+    shape = _known_shape(read_record(model)) if input_shape is None else parse_shape(input_shape)
     try:
         return None if shape is None else example_like(model, [1, *shape[1:]])
     except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # torch, of a size beyond memory
         raise OptionError(f"--input-shape {input_shape}: no such input can be made: {one_line(error)}") from error
+
+
+def _known_shape(record: Mapping[str, Any]) -> Sequence[int] | None:
+    """Return a batch shape that a model takes by its record: that of an input, or of its preprocessed images."""
+    from convsurgeon.preprocessing import Preprocessing
+
+    if record.get("input_shape") is not None or record.get("preprocessing") is None:
+        return record.get("input_shape")
+    preprocessing = Preprocessing.from_dict(record["preprocessing"])
+    return (1, preprocessing.channels, *preprocessing.size)
 
 
 def need_example(model: nn.Module, input_shape: str | None) -> Tensor:

@@ -264,6 +264,7 @@ class _Prepared:
             update_record(
                 network,
                 preprocessing=splits.preprocessing.to_dict() if splits.preprocessing else None,
+                preprocessing_of=None,
                 classes=list(splits.classes) or None,
                 input_shape=list(self.example.shape),
             )

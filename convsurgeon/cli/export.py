@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convsurgeon.cli import _arguments as arguments
-from convsurgeon.cli._drawing import Drawing, emit, tell
+from convsurgeon.cli._drawing import Drawing, emit, say, tell
 from convsurgeon.errors import OptionError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from convsurgeon.cli._data import PreprocessingFlags
     from convsurgeon.data import DataSplits
     from convsurgeon.delivery import Delivery, Latency
 
@@ -56,8 +57,8 @@ def run(
     from convsurgeon.record import read_record
 
     flags = PreprocessingFlags(size, mean, std, color, crop, interpolation)
-    if data is None and (idle := [*(["--data-root"] if data_root else []), *flags.typed()]):
-        raise OptionError(f"{' and '.join(idle)} {'is' if len(idle) == 1 else 'are'} about --data; say which data")
+    if data is None and data_root is not None:
+        raise OptionError("--data-root is about --data; say which data")
     if teacher is None and teacher_weights is not None:
         raise OptionError("--teacher-weights are for the --teacher; say which one it is")
     path = refuse_to_overwrite(output or Path(f"{file_stem(student)}.onnx"), force=force)
@@ -77,6 +78,8 @@ def run(
         first = next(iter(images))[0][:1]
         example = first if input_shape is None else None
         _remember(network, splits, count_scores(network, first))
+    elif flags.typed():
+        _write_preprocessing(network, flags, student, input_shape)
     if example is None:
         example = need_example(network, input_shape)
     with Drawing() as drawing, tempfile.TemporaryDirectory() as folder:
@@ -101,12 +104,25 @@ def _images(splits: DataSplits) -> Any:
     return make_loader(part, batch_size=16, shuffle=False) if isinstance(part, ImageSet) else part
 
 
+def _write_preprocessing(network: nn.Module, flags: PreprocessingFlags, source: str, input_shape: str | None) -> None:
+    """Let the file say what the flags say that images go through, and take their size for the input's."""
+    from convsurgeon.cli._models import parse_shape
+    from convsurgeon.record import read_record, update_record
+
+    record = read_record(network)
+    if input_shape is not None:
+        record["input_shape"] = list(parse_shape(input_shape))
+    wanted = flags.choose("images", {source: record}, is_path=True)
+    update_record(network, preprocessing=wanted.to_dict(), preprocessing_of=None, input_shape=None)
+    say(f"preprocessing: {wanted}")
+
+
 def _remember(network: nn.Module, splits: DataSplits, scores: int | None) -> None:
     """Let the file say what the images went through, and the classes where they fit and nothing better is known."""
     from convsurgeon.record import read_record, update_record
 
     if splits.preprocessing is not None:
-        update_record(network, preprocessing=splits.preprocessing.to_dict())
+        update_record(network, preprocessing=splits.preprocessing.to_dict(), preprocessing_of=None)
     if len(splits.classes) == scores and "classes" not in read_record(network):
         update_record(network, classes=list(splits.classes))
 

@@ -76,7 +76,7 @@ def first_batch(loader: DataLoader[Any], student: nn.Module, teacher: nn.Module 
     if labels.is_floating_point() or labels.shape != images.shape[:1]:
         raise DataError(
             f"the training labels must be one class number for each image, not {labels.dtype} "
-            f"of shape {tuple(labels.shape)} for {len(images)} images"
+            f"of shape {tuple(labels.shape)} for {len(images)} images; method imitate learns without labels"
         )
     width = _width(student, images, "student")
     if teacher is not None and (other := _width(teacher, images, "teacher")) != width:
@@ -159,7 +159,10 @@ def _answers(network: nn.Module, images: Tensor, who: str) -> list[Tensor]:
 def _width(network: nn.Module, images: Tensor, who: str) -> int:
     logits = logits_of(_answer(network, images, who))
     if logits.dim() != 2:
-        raise DataError(f"the {who} answers with shape {tuple(logits.shape)}; expected a row of class scores an image")
+        raise DataError(
+            f"the {who} answers with shape {tuple(logits.shape)}; expected a row of class scores an image; "
+            "method imitate learns without labels"
+        )
     return int(logits.shape[1])
 
 

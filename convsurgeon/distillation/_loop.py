@@ -102,7 +102,7 @@ class Run:
         )
         method = method_class(
             None if given is None else copy_module(given).cpu(),
-            copy_module(student).cpu(),
+            _thawed(copy_module(student).cpu(), report),
             setting=setting,
             options=config.method_options,
         )
@@ -309,6 +309,16 @@ class Run:
             "precision": self.precision,
         }
         return DistillResult(in_mode(student, training=False), teacher, metrics)
+
+
+def _thawed(student: nn.Module, report: Report) -> nn.Module:
+    """Let all parameters of a student learn that is frozen as a whole, as averages of weights are; in place."""
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        for parameter in student.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        message = "every parameter of the student has requires_grad=False, as in an average of weights: all are trained"
+        report(Progress("distill", message=message))
+    return student
 
 
 def _numbers(event: Mapping[str, Any]) -> dict[str, float]:

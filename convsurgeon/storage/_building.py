@@ -84,7 +84,11 @@ def _load(fit: _Fit, weights: Weights, entry: Entry, *, misfit: str | None, said
     if empty := next((name for name, value in tensors.items() if value.is_meta), None):
         raise WeightsError(f"{where} holds no numbers for {printable(empty)}, which is on the meta device")
     copy_into(fit.model, tensors, where=where)
-    remarks = [weights.say_taken(entry, misfit), fit.fitting.say_taken(fit.prefix, where) if said else None]
+    others = [each for each in weights.entries if Fitting(fit.model, each.state_dict(weights.path)).find_complete()]
+    remarks = [
+        weights.say_taken(entry, misfit, fitting=others),
+        fit.fitting.say_taken(fit.prefix, where) if said else None,
+    ]
     return Built(fit.model, fit.args, tuple(filter(None, remarks)))
 
 
@@ -108,7 +112,12 @@ def _fit(architecture: Architecture, start: _Fit, prefix: str | None, *, where: 
             f"say which: --weights-prefix {printable(fits[-1].prefix)}"
         )
     if not fits:
-        return _explain(fitting, fitting.guess_prefix() if prefix is None else prefix)
+        where_most = fitting.guess_prefix() if prefix is None else prefix
+        said = _explain(fitting, where_most)
+        if fitting.compare(where_most).only_classes and not architecture.takes_num_classes():
+            name = f"the name that {architecture.source} has for it"
+            said += f"; another number of classes is said by --model-arg NAME=N, with {name}"
+        return said
     (fit,) = fits
     if fit.fitting.find_leftovers(fit.prefix, others=complete):
         return _explain(fit.fitting, fit.prefix)

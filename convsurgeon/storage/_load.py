@@ -117,7 +117,10 @@ def _load_name(
         for remark in remarks:
             report(Progress("load", message=remark))
         model, args = built.model, built.args
-    update_record(model, source=_as_record(source, args), **architecture.input_facts(model, args))
+    facts = architecture.input_facts(model, args)
+    if weights not in (None, DEFAULT) and "preprocessing" in facts:
+        facts["preprocessing_of"] = source.partition(":")[0]
+    update_record(model, source=_as_record(source, args), **facts)
     return model
 
 

@@ -38,14 +38,18 @@ class Weights:
         alone = len(self.entries) + len(self.unread) + len(self.others) == 1
         return str(self.path) if alone or not entry.key else f"{self.path} ({printable(entry.key)})"
 
-    def say_taken(self, taken: Entry, misfit: str | None) -> str | None:
-        """Say which of several was taken, and how to take another; None where there was no choice."""
+    def say_taken(self, taken: Entry, misfit: str | None, *, fitting: Sequence[Entry]) -> str | None:
+        """Say which of several was taken, and how to take another that fits; None where there was no choice."""
         rest = [entry for entry in (*self.entries, *self.unread) if entry is not taken]
         if not rest:
             return None
         if self.unread and self.unread[0].rank < taken.rank:
             misfit = misfit or f"{self.unread[0].key} is of a class not yet allowed: {name_flags(self.refused)}"
-        return say_choice(self.path, taken, rest, because=misfit)
+        choice = [entry for entry in rest if entry in fitting or entry in self.unread]
+        if misfit is None and not choice:
+            keys = " and ".join(printable(entry.key) for entry in (taken, *rest))
+            return f"{self.path} holds {keys}; {printable(taken.key)} was loaded, the only one that fits"
+        return say_choice(self.path, taken, rest if misfit else choice, because=misfit)
 
 
 def read_weights(path: Path, *, trust: bool, trust_modules: Sequence[str], key: str | None = None) -> Weights:

@@ -93,4 +93,7 @@ def refuse_without_layers(model: nn.Module, *, role: str, error: type[ConvSurgeo
 
 def _attribute(model: Any) -> str | None:
     names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__)
-    return next((_ATTRIBUTES[name] for name in names if name in _ATTRIBUTES), None)
+    found = next((_ATTRIBUTES[name] for name in names if name in _ATTRIBUTES), None)
+    if found is None and not isinstance(model, nn.Module) and isinstance(getattr(model, "ema", None), nn.Module):
+        return "ema"  # as detection code bases have an average
+    return found
