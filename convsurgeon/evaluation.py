@@ -130,7 +130,8 @@ def check_head(logits_width: int, classes: int, *, data: str = "the data") -> No
     if logits_width != classes:
         raise DataError(
             f"the model gives {logits_width} scores, {data} has {classes} classes; build the model for them"
-            f" (--model-arg num_classes={classes}, or as its builder calls that) or give the data that it was made for"
+            f" (--model-arg num_classes={classes}, or as its builder calls that)"
+            " or give the data that it was trained on"
         )
 
 

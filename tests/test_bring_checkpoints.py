@@ -238,11 +238,27 @@ def test_networks_under_names_of_their_own(mynet: ModuleType) -> None:
     torch.save({"G": state(mynet, RAW), "D": {"weight": torch.zeros(2)}}, "gan.pth")
     number, (note,) = load(weights="gan.pth")
     assert number == RAW
-    assert note == "gan.pth holds G and D; G was loaded; --weights-key D takes the other"
+    assert note == "gan.pth holds G and D; G was loaded, the only one that fits"
     torch.save({"A": state(mynet, RAW), "B": state(mynet, AVERAGE)}, "cyclegan.pth")
     said = fails(WeightsError, weights="cyclegan.pth")
     assert said == "cyclegan.pth holds A and B, which all fit mynet:Net; say which: --weights-key A"
     assert load(weights="cyclegan.pth", weights_key="B") == (AVERAGE, [])
+
+
+def test_another_number_of_classes_is_said_as_the_network_calls_it(tmp_path: Path) -> None:
+    (tmp_path / "counted.py").write_text(
+        "from torch import nn\n\n"
+        "def make(classes=10):\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, classes))\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        torch.save(storage.load("counted:make", model_args={"classes": 5}).state_dict(), tmp_path / "w.pth")
+        with pytest.raises(WeightsError) as caught:
+            storage.load("counted:make", weights=tmp_path / "w.pth")
+        assert str(caught.value).endswith(
+            "another number of classes is said by --model-arg NAME=N, with the name that counted:make has for it"
+        )
+        assert storage.load("counted:make", weights=tmp_path / "w.pth", model_args={"classes": 5})[1].out_features == 5
 
 
 def test_flags_about_weights_want_a_file_of_weights(mynet: ModuleType) -> None:

@@ -175,6 +175,39 @@ def test_an_onnx_file_says_its_size_and_no_more(program: Program) -> None:
     assert lines == [ASSUMED.replace("framed:Net", "bare.onnx"), SHOWN]
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_export_takes_the_stored_size(program: Program, suffix: str) -> None:
+    program(*VERBS["convert"], *LOOKS, "-o", f"student.{suffix}").done()
+    trust = ("--trust-module", "framed")
+    program("export", f"student.{suffix}", *trust, "-o", "student.onnx").done()
+    (entry,) = onnx.load(program.folder / "student.onnx").graph.input
+    assert [dim.dim_value for dim in entry.type.tensor_type.shape.dim][1:] == [3, 12, 14]
+
+
+@pytest.mark.parametrize("shape", [(), ("--input-shape", "1,3,12,14")])
+def test_export_writes_what_the_flags_say_without_data(program: Program, shape: tuple[str, ...]) -> None:
+    looks = LOOKS if not shape else LOOKS[2:]
+    outcome = program("export", "framed:Net", *looks, *shape, "-o", "net.onnx").done()
+    assert f"preprocessing: {LOOKED}" in outcome.err.splitlines()
+    entries = {entry.key: entry.value for entry in onnx.load(program.folder / "net.onnx").metadata_props}
+    assert Preprocessing.from_dict(json.loads(entries["preprocessing"])) == LOOKED
+    assert program("evaluate", "net.onnx", *DATA).done().err == f"preprocessing: {LOOKED}\n"
+
+
+def test_the_crop_of_a_librarys_own_weights_is_told_from_that_of_others(program: Program) -> None:
+    model = cs.load("torchvision:squeezenet1_1", model_args={"num_classes": 3})
+    torch.save(model.state_dict(), program.folder / "mine.pth")
+    args = ("torchvision:squeezenet1_1", "--weights", "mine.pth", "--model-arg", "num_classes=3")
+    note = "note: crop 0.875 is that of torchvision's own weights; --crop none, if yours had none"
+    data = ("--data", "imagefolder:frames", "--size", "32", "--limit-batches", "1")
+    assert program("evaluate", *args, *data).done().err.splitlines().count(note) == 1
+    assert note not in program("evaluate", *args, *data, "--crop", "none").done().err
+    assert note not in program("evaluate", *args, *data, "--crop", "0.875").done().err
+    calibrated = ("--calibrate", "frames", "--no-polish", "--size", "32", "--crop", "0.875", "--only", "features.6.*")
+    program("convert", *args, *calibrated, "--to", "group", "-o", "s.safetensors").done()
+    assert "crop 0.875 is that" not in program("evaluate", "s.safetensors", *data[:2], *data[4:]).done().err
+
+
 def test_networks_that_were_stored_with_others_are_told_of(program: Program) -> None:
     program(*VERBS["export"], *LOOKS, "-o", "one.onnx").done()
     program(*VERBS["export"], *SIZE, "-o", "other.onnx").done()

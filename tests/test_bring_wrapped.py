@@ -145,6 +145,35 @@ def test_evaluate(kind):
     assert found.agreement == 1
 
 
+class AverageThatIsNoModule:
+    def __init__(self, net):
+        self.ema, self.updates = copy.deepcopy(net).eval(), 3
+
+
+def test_an_average_that_is_no_module_of_another_library():
+    events = []
+    student = cs.rewrite(AverageThatIsNoModule(Net()), "depthwise", example_inputs=images(), report=events.append)
+    assert type(student) is Net
+    assert lines(events, "rewrite") == [
+        "the model is wrapped in AverageThatIsNoModule: the Net inside is used, not the wrapper"
+    ]
+
+
+def test_a_teacher_of_another_library_that_holds_the_network():
+    class Lightning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = Net()
+
+        def forward(self, x):
+            return self.model(x)
+
+    with pytest.raises(
+        cs.errors.CalibrationError, match=r"no convolution 'body'; it has 'model.body': give its model;"
+    ):
+        cs.calibrate(Lightning(), cs.rewrite(Net(), "depthwise", example_inputs=images()), images(), polish=False)
+
+
 SIDES = {"both": (True, True), "teacher": (True, False), "student": (False, True)}
 
 

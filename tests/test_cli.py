@@ -280,12 +280,12 @@ def refusals() -> dict[str, tuple[str, str]]:
         "another number of classes": (
             f"evaluate {named} --data digits --color rgb",
             "the model gives 3 scores, the data has 10 classes; build the model for them "
-            "(--model-arg num_classes=10) or give the data that it was trained on",
+            "(--model-arg num_classes=10, or as its builder calls that) or give the data that it was trained on",
         ),
         "another number of classes to learn": (
             f"distill {named} --data digits --color rgb",
             "the model gives 3 scores, digits has 10 classes; build the model for them "
-            "(--model-arg num_classes=10) or give the data that it was trained on",
+            "(--model-arg num_classes=10, or as its builder calls that) or give the data that it was trained on",
         ),
         "unknown split": (
             f"evaluate {named} --data digits --split all",
@@ -317,9 +317,13 @@ def refusals() -> dict[str, tuple[str, str]]:
             f"export {named} -o other.onnx {' '.join(SHAPE)}",
             "other.onnx exists already; choose another name or say --force",
         ),
-        "size of no data": (
-            f"export {named} --size 16",
-            "--size is about --data; say which data",
+        "folder of no data": (
+            f"export {named} --data-root there",
+            "--data-root is about --data; say which data",
+        ),
+        "mean of no size": (
+            f"export {named} --mean 0.5",
+            "the size of the images that mynet:Net takes is not known; say it: --size H or --size H,W",
         ),
         "unknown teacher": (
             f"export {named} {' '.join(SHAPE)} --teacher mynet:Not",
