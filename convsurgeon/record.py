@@ -22,8 +22,17 @@ _ATTRIBUTE = "convsurgeon_record"
 
 
 def read_record(model: nn.Module) -> dict[str, Any]:
-    """Return a copy of the model's record, empty where it has none."""
-    return dict(model.__dict__.get(_ATTRIBUTE, {}))
+    """Return a copy of the model's record, empty where it has none.
+
+    What is no dict is none: `dict()` would call its `keys`, which a file may have put there.
+    """
+    record = model.__dict__.get(_ATTRIBUTE)
+    return dict(record) if type(record) is dict else {}
+
+
+def has_damaged_record(model: nn.Module) -> bool:
+    """Whether what stands in the place of the record is none."""
+    return type(model.__dict__.get(_ATTRIBUTE, {})) is not dict
 
 
 def update_record(model: nn.Module, **entries: Any) -> None:

@@ -507,6 +507,14 @@ def test_a_student_that_is_frozen_as_a_whole_is_trained(method: str) -> None:
         assert torch.equal(result.teacher.conv2.weight, teacher.conv2.weight)
 
 
+def test_outputs_that_are_no_classes_are_imitated_beside_validation_data() -> None:
+    """Whose labels are class numbers, and fewer than the network gives numbers."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 16), nn.Tanh())
+    result = cs.distill(teacher, cs.rewrite(teacher, mapping={"0": "lowrank"}), TRAIN, VAL, method="imitate", **QUICK)
+    assert result.metrics["history"]
+
+
 def test_a_student_with_nothing_to_train() -> None:
     student = nn.Flatten()
     with pytest.raises(DistillationError, match="there is nothing to train"):

@@ -229,7 +229,7 @@ class Run:
         return found.accuracy
 
     def _is_trained(self) -> bool | None:
-        if self.teacher_before is None:
+        if self.teacher_before is None or not self.classes:
             return None if self.given_teacher is None else has_seen_batches(self.given_teacher)
         chance = 1 / self.classes
         return self.teacher_before > chance + 0.1 * (1 - chance)

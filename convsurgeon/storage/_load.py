@@ -12,7 +12,7 @@ from torch import nn
 
 from convsurgeon.errors import ModelError, OptionError
 from convsurgeon.progress import Progress, Report, be_silent
-from convsurgeon.record import read_record, update_record
+from convsurgeon.record import has_damaged_record, read_record, update_record
 from convsurgeon.storage._admission import Refused, refusal
 from convsurgeon.storage._architectures import Architecture, parse_name
 from convsurgeon.storage._building import build_with
@@ -159,6 +159,8 @@ def _load_file(path: Path, *, key: str | None, trust: bool, trust_modules: Seque
 def _checked_record(path: Path, model: nn.Module) -> dict[str, Any]:
     """Return the record that came with a pickle, which must be plain data like any other."""
     try:
+        if has_damaged_record(model):
+            raise TypeError("no dict")
         record = read_record(model)
         json.dumps(record)
     except (TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ under `state_dict` and the raw weights under `ema_state_dict`, so there it is th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ class Entry:
 
 def list_entries(found: Any) -> list[Entry]:
     """Return all places with weights in what a file held, down to two levels, in the order of preference."""
-    turned = isinstance(found, Mapping) and "message_hub" in found  # MMEngine
+    turned = isinstance(found, dict) and "message_hub" in found  # MMEngine
     entries = [Entry(".".join(keys), value, _rank(keys, turned=turned)) for keys, value in _walk(found, (), set())]
     return sorted(entries, key=lambda entry: entry.rank)
 
@@ -140,8 +140,8 @@ def _walk(found: Any, keys: tuple[str, ...], seen: set[int]) -> Iterator[tuple[t
     seen.add(id(found))
     if isinstance(found, nn.Module | Inert) or is_state_dict(found):
         yield keys, found
-    elif isinstance(found, Mapping) and len(keys) < _DEPTH:
-        names = sorted((key for key in found if isinstance(key, str)), key=lambda key: _rank((key,)))
+    elif isinstance(found, dict) and len(keys) < _DEPTH:
+        names = sorted((key for key in found if type(key) is str), key=lambda key: _rank((key,)))
         for name in names:
             yield from _walk(found[name], (*keys, name), seen)
 
@@ -149,9 +149,9 @@ def _walk(found: Any, keys: tuple[str, ...], seen: set[int]) -> Iterator[tuple[t
 def is_state_dict(found: Any) -> bool:
     """Whether something is a dict of names and tensors, and has any."""
     return (
-        isinstance(found, Mapping)
+        isinstance(found, dict)
         and bool(found)
-        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items())
+        and all(type(key) is str and isinstance(value, Tensor) for key, value in found.items())
     )
 
 
@@ -171,13 +171,13 @@ def _place(key: str) -> int:
 
 def _look_up(found: Any, key: str) -> Any:
     """Return what lies under a dotted key, whose parts can have dots themselves."""
-    if not isinstance(found, Mapping):
+    if not isinstance(found, dict):
         raise KeyError(key)
-    names = {str(name): value for name, value in found.items() if isinstance(name, str | int)}
+    names = {str(name): value for name, value in found.items() if type(name) in (str, int)}
     if key in names:
         return names[key]
     for name, value in names.items():
-        if isinstance(value, Mapping) and key.startswith(f"{name}."):
+        if isinstance(value, dict) and key.startswith(f"{name}."):
             try:
                 return _look_up(value, key[len(f"{name}.") :])
             except KeyError:
@@ -187,9 +187,5 @@ def _look_up(found: Any, key: str) -> Any:
 
 def _list_keys(found: Any) -> list[str]:
     """Return the keys with weights first, then all of the first level."""
-    names = (
-        []
-        if not isinstance(found, Mapping) or is_state_dict(found)
-        else [name for name in found if isinstance(name, str)]
-    )
+    names = [] if not isinstance(found, dict) or is_state_dict(found) else [name for name in found if type(name) is str]
     return list(dict.fromkeys([*(entry.key for entry in list_entries(found) if entry.key), *names]))

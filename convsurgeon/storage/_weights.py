@@ -102,8 +102,8 @@ def _read(path: Path, *, trust: bool, trust_modules: Sequence[str]) -> tuple[Any
 
 def describe(found: Any) -> str:
     """Say what a file held: its type, and a dict's keys."""
-    if isinstance(found, Mapping):
-        keys = ", ".join(printable(str(key)[:40]) for key in list(found)[:5] if isinstance(key, str | int))
+    if isinstance(found, dict):
+        keys = ", ".join(printable(str(key)[:40]) for key in list(found)[:5] if type(key) in (str, int))
         return f"a {type(found).__name__} with the keys {keys}" if keys else f"an empty {type(found).__name__}"
     return f"a {type(found).__name__}"
 

@@ -43,7 +43,7 @@ def choose_module(path: Path, found: Any, refused: Mapping[str, str | None], *, 
     entries = list_entries(found) if key is None else choose_entry(path, found, key)
     modules = [entry for entry in entries if isinstance(entry.value, nn.Module)]
     known = [entry.value for entry in entries if entry.is_known]
-    if known and all(isinstance(value, Mapping) for value in known):
+    if known and all(isinstance(value, dict) for value in known):
         raise only_weights(path)
     if refused:
         raise refusal(path, refused)
