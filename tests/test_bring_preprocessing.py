@@ -217,6 +217,17 @@ def test_networks_that_were_stored_with_others_are_told_of(program: Program) -> 
     assert note in lines.err.splitlines()
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_takes_the_images_of_a_factory_as_they_are(program: Program, verb: str) -> None:
+    (program.folder / "ready.py").write_text(
+        "import torch\nfrom torch.utils.data import TensorDataset\n\n"
+        "def make():\n    part = TensorDataset(torch.rand(24, 3, 16, 16), torch.arange(24) % 3)\n"
+        "    return part, part, part\n"
+    )
+    args = [{"imagefolder:frames": "ready:make", "frames": "ready:make"}.get(each, each) for each in VERBS[verb]]
+    assert "preprocessing" not in program(*args).done().err
+
+
 def test_a_data_set_with_a_name_says_its_own(program: Program) -> None:
     mynet(program.folder)
     args = ("evaluate", "mynet:Net", "--model-arg", "num_classes=10", "--model-arg", "in_chans=1", "--data", "digits")

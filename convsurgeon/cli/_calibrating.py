@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from convsurgeon.cli._data import PreprocessingFlags, refuse_idle_flags
+from convsurgeon.cli._data import PreprocessingFlags, comes_as_it_is, refuse_idle_flags
 from convsurgeon.cli._drawing import Drawing, console, say, tell
 from convsurgeon.errors import OptionError, UnknownNameError
 
@@ -76,7 +76,8 @@ class CalibrationRequest:
         refuse_idle_flags(self.data, self.flags, root=self.data_root, is_path=folder)
         try:
             expect_images(self.data)
-            wanted = self.flags.choose(self.data, {source: read_record(model)}, is_path=folder)
+            prepared = not folder and comes_as_it_is(self.data)
+            wanted = None if prepared else self.flags.choose(self.data, {source: read_record(model)}, is_path=folder)
         except UnknownNameError as error:
             raise UnknownNameError(f"{error} There is no folder of that name either.") from error
         images, flip = load_images(self.data, root=self.data_root, preprocessing=wanted, seed=self.seed)

@@ -90,6 +90,11 @@ def refuse_idle_flags(name: str, flags: PreprocessingFlags, *, root: Path | None
         raise OptionError(f"{name} gives its images as they are to be taken; leave out {' and '.join(idle)}")
 
 
+def comes_as_it_is(name: str) -> bool:
+    """Whether data of that name, which is no path, are a factory's, which prepares its images itself."""
+    return ":" in name and not name.startswith("imagefolder:")
+
+
 def load_splits(
     name: str | None,
     flags: PreprocessingFlags,
@@ -113,8 +118,7 @@ def load_splits(
         )
     refuse_idle_flags(name, flags, root=root)
     expect_source(name)
-    is_factory = ":" in name and not name.startswith("imagefolder:")
-    wanted = None if is_factory else flags.choose(name, networks)
+    wanted = None if comes_as_it_is(name) else flags.choose(name, networks)
     splits = load_data(name, root=root, preprocessing=wanted, val_fraction=val_fraction, seed=seed)
     if splits.preprocessing is not None:
         say(f"preprocessing: {splits.preprocessing}")
