@@ -101,7 +101,8 @@ class Preprocessing:
 
         A PIL image or a uint8 tensor `(H, W)`, `(C, H, W)` or `(B, C, H, W)` becomes uint8 `(C, H, W)`, or
         `(B, C, H, W)` for a batch. The picture is scaled until it just covers
-        `size / crop`, then cropped to `size` at its centre; one that has that size already is only recolored.
+        `size / crop`, then cropped to `size` at its centre; one that has that size already is only
+        recolored where `crop` is 1.
 
         Raises:
             DataError: if the tensor is not uint8, or has no 1, 2 (alpha), 3 or 4 (alpha) channels.
@@ -110,7 +111,7 @@ class Preprocessing:
 
         pixels = self._recolored(_pixels_of(image))
         height, width = pixels.shape[-2:]
-        if (height, width) == self.size:
+        if (height, width) == self.size and self.crop == 1:
             return pixels
         how = transforms.InterpolationMode(self.interpolation)
         scaled = transforms.resize(pixels, self._cover(height, width), interpolation=how, antialias=True)

@@ -79,8 +79,14 @@ def test_normalize_takes_uint8_only():
 def test_fit_leaves_what_is_right_alone():
     pixels = torch.randint(0, 256, (3, 4, 6), dtype=torch.uint8)
     assert torch.equal(RGB.fit(pixels), pixels)
-    cropping = Preprocessing((4, 6), RGB.mean, RGB.std, crop=0.5)
-    assert torch.equal(cropping.fit(pixels), pixels)
+
+
+def test_fit_crops_what_has_the_size_already():
+    from torchvision.transforms import v2
+
+    photo = torch.randint(0, 256, (3, 224, 224), dtype=torch.uint8)
+    theirs = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])
+    assert torch.equal(IMAGENET.fit(photo), theirs(photo))
 
 
 def test_fit_takes_planes_pictures_and_batches():

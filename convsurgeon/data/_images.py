@@ -34,7 +34,7 @@ class TensorPictures:
     def __init__(self, images: Tensor, preprocessing: Preprocessing, *, keep: bool = True) -> None:
         if images.ndim == 3:
             images = images[:, None]
-        self._preprocessing = preprocessing
+        self._preprocessing, self._kept = preprocessing, keep
         self._images = self._fitted(images) if keep else images
 
     def __len__(self) -> int:
@@ -42,7 +42,8 @@ class TensorPictures:
 
     def pixels(self, indices: Tensor) -> Tensor:
         """Return those pictures as uint8 `(B, C, H, W)`."""
-        return self._preprocessing.fit(self._images[indices])
+        chosen = self._images[indices]
+        return chosen if self._kept else self._preprocessing.fit(chosen)
 
     def _fitted(self, images: Tensor) -> Tensor:
         return torch.cat([self._preprocessing.fit(chunk) for chunk in torch.split(images, _CHUNK)])
