@@ -211,9 +211,9 @@ RANDOM = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
         (Source(names=7), "values", False),
         (Source(counts=(("num_classes", 12),)), "scores", True),
         (Source(counts=(("n_classes", 12),)), "scores", True),
-        (Source(counts=(("num_classes", 0),), library="timm"), "values", True),
+        (Source(counts=(("num_classes", 0),), package="timm"), "values", True),
         (Source(counts=(("num_classes", 7),)), "values", False),
-        (Source(library="torchvision"), "values", False),
+        (Source(package="torchvision"), "values", False),
     ],
 )
 def test_what_a_network_says_of_itself(source: Source, kind: str, sure: bool) -> None:
@@ -223,7 +223,7 @@ def test_what_a_network_says_of_itself(source: Source, kind: str, sure: bool) ->
 
 def test_a_count_of_classes_is_not_believed_where_all_scores_are_low_together() -> None:
     """As those of a network that was fine-tuned for several labels an image, most of them absent."""
-    source = Source(counts=(("num_classes", 12),), library="timm")
+    source = Source(counts=(("num_classes", 12),), package="timm")
     assert kind_of_outputs(RANDOM - 3, last_operation="linear", source=source).kind == "values"
     assert kind_of_outputs(RANDOM - 0.5, last_operation="linear", source=source).kind == "scores"
 

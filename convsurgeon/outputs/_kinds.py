@@ -162,8 +162,8 @@ def _by_source(output: Tensor, source: Source) -> Outputs | None:
     columns = output.shape[1]
     if source.names == columns:
         return Outputs("scores", f"the model's record names {columns} classes")
-    if source.library and columns == _IMAGENET:
-        return Outputs("scores", f"it is a classifier of {source.library} with {columns} classes")
+    if source.package and columns == _IMAGENET:
+        return Outputs("scores", f"it is a classifier of {source.package} with {columns} classes")
     if dict(source.counts).get("num_classes") == 0:
         return Outputs("values", "the model's num_classes is 0")
     name = next((name for name, count in source.counts if count == columns), None)

@@ -19,12 +19,12 @@ class Source:
     Args:
         names: how many class names its record holds; 0 for none.
         counts: what counts its classes, such as its attribute `num_classes`, or the argument that it was built with.
-        library: the name of the library of classifiers that its class belongs to; empty for one of the user's own.
+        package: the name of the library of classifiers that its class belongs to; empty for one of the user's own.
     """
 
     names: int = 0
     counts: tuple[tuple[str, int], ...] = ()
-    library: str = ""
+    package: str = ""
 
 
 def source_of(network: nn.Module) -> Source:
@@ -34,5 +34,5 @@ def source_of(network: nn.Module) -> Source:
     found = [(name, arguments.get(name, getattr(network, name, None))) for name in _COUNTS]
     counts = tuple((name, count) for name, count in found if isinstance(count, int) and not isinstance(count, bool))
     module = type(network).__module__
-    library = next((name for start, name in _LIBRARIES.items() if module.startswith(start)), "")
-    return Source(len(record.get("classes") or ()), counts, library)
+    package = next((name for start, name in _LIBRARIES.items() if module.startswith(start)), "")
+    return Source(len(record.get("classes") or ()), counts, package)
