@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 import convsurgeon as cs
 from convsurgeon.calibration import Polish, calibrate_and_report
 from convsurgeon.calibration._norms import estimate_statistics
-from convsurgeon.distillation import methods
+from convsurgeon.distillation import methods, objectives
 from convsurgeon.distillation._output_form import choose_form
 from convsurgeon.errors import DistillationError
 from convsurgeon.evaluation import float_leaves
@@ -396,3 +396,11 @@ def test_only_frozen_norms_leave_the_stage_out() -> None:
     result = calibrate_and_report(teacher, blurred(teacher), IMAGES, polish=False, report=said.append)
     assert [stage.name for stage in result.stages] == ["closed form", "fit"]
     assert result.stages[-1].note == ""
+
+
+@pytest.mark.parametrize("kind", ["scores", "multilabel", "probabilities", "distribution"])
+def test_outputs_of_train_mode_are_values_where_those_of_eval_mode_are_others(kind: Any) -> None:
+    teacher = trained(DecodedWithoutGradient)
+    setting = methods.Setting(objectives.get("kd")({}), IMAGES[:8], 4, True, 0, outputs=kind)
+    method: Any = methods.get("imitate")(teacher, blurred(teacher), setting=setting, options={})
+    assert (method.form.training, method.kind) == (True, "values")
